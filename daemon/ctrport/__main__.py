@@ -1,0 +1,5 @@
+"""``python -m ctrport`` is the command ``ctrport``."""
+
+from .cli import main
+
+main()

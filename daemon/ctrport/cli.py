@@ -1,0 +1,208 @@
+"""The commands: parse arguments, call, print. What people read goes to stdout, all else to stderr.
+
+Exit status: 0 done, 1 failed, 2 bad usage or bad config. An expected failure is one line, never a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from . import __version__, status, systemd
+from .config import DEFAULT_PATH, Config, ConfigError, parse
+from .containerd import ContainerdError
+from .firewall import FirewallError
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FAILED, BAD_USAGE = 1, 2
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    cli(prog_name="ctrport")
+    raise SystemExit(0)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Docker-style port mapping for containerd."""
+
+
+def _config_option(command: Command) -> Command:
+    return click.option(
+        "--config", "path", default=DEFAULT_PATH, show_default=True, metavar="FILE", help="The configuration."
+    )(command)
+
+
+def _directory_option(command: Command) -> Command:
+    return click.option(
+        "--run-dir",
+        "directory",
+        default=status.DEFAULT_DIRECTORY,
+        show_default=True,
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="Where the daemon keeps its lock and its status.",
+    )(command)
+
+
+@cli.command()
+@_config_option
+@_directory_option
+@click.option("--verbose", is_flag=True, help="Log each look at a container, too.")
+def run(path: str, directory: Path, verbose: bool) -> None:
+    """Run the daemon until SIGTERM."""
+    from . import run as daemon
+
+    _log(verbose)
+    config = _load(path)
+    _as_root("run")
+    try:
+        with status.only_one(directory):
+            _await(daemon.run(config, directory))
+    except (status.AlreadyRunning, OSError) as error:
+        _fail(str(error))
+
+
+@cli.command()
+@_config_option
+def check(path: str) -> None:
+    """Check a configuration, and change nothing."""
+    config = _load(path)
+    mappings = sum(len(declaration.mappings) for declaration in config.publish)
+    click.echo(f"{path}: in order, {len(config.publish)} declarations with {mappings} mappings")
+
+
+@cli.command()
+@_config_option
+@_directory_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def ps(path: str, directory: Path, as_json: bool) -> None:
+    """Show what is published, and why the rest is not."""
+    current = status.read(directory) if status.is_running(directory) else None
+    if current is None or not current.running:
+        _as_root("ps, while the daemon is down,")
+        current = _without_daemon(_load(path), directory)
+        click.echo("the daemon is down; this is what can be seen without it", err=True)
+    if as_json:
+        click.echo(current.to_json())
+    else:
+        _table(current)
+
+
+@cli.command()
+@_directory_option
+@click.option("--force", is_flag=True, help="Even while the daemon runs, which will put its rules back.")
+def clean(directory: Path, force: bool) -> None:
+    """Remove every rule of ctrport. Needs neither a configuration nor containerd."""
+    from . import run as daemon
+    from .dataplane import remove_everything
+    from .rules import Layout
+
+    _as_root("clean")
+    if status.is_running(directory) and not force:
+        _fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
+    firewalls = daemon.firewalls(Layout())
+    removed = [_await(remove_everything(firewall)) for firewall in firewalls.values()]
+    click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def version(as_json: bool) -> None:
+    """Show the version."""
+    click.echo(json.dumps({"version": __version__}) if as_json else f"ctrport {__version__}")
+
+
+def _without_daemon(config: Config, directory: Path) -> status.Status:
+    from . import run as daemon
+    from .report import without_daemon
+
+    layout = daemon.layout(config)
+    return _await(without_daemon(config, daemon.firewalls(layout), layout, directory))
+
+
+def _table(current: status.Status) -> None:
+    """Print publications as a table: in colour on a terminal, whole lines elsewhere."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"active": "green", "waiting": "yellow", "conflict": "red", "refused": "red", "unsupported": "red"}
+    table = Table("CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON", box=None, header_style="", pad_edge=False)
+    for one in current.publications:
+        name = f"{one.namespace}/{one.container}" if one.container else "-"
+        state = Text(one.state, style=colours.get(one.state, ""))
+        reason = one.reason or (f"since {one.since}" if one.since else "")
+        cells = [name, one.mapping, ",".join(one.addresses) or "-"]
+        table.add_row(*(Text(cell, overflow="fold") for cell in cells), state, Text(reason, overflow="fold"))
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def _load(path: str) -> Config:
+    """Read the configuration, or end with every problem it has."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except UnicodeDecodeError as error:
+        _fail(f"{path}: byte {error.start} is not UTF-8; expected YAML text", BAD_USAGE)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror}; expected a configuration file (--config)", BAD_USAGE)
+    try:
+        return parse(text, path)
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        raise SystemExit(BAD_USAGE) from None
+
+
+def _await(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return asyncio.run(work)
+    except (FirewallError, ContainerdError) as error:
+        _fail(str(error))
+
+
+def _as_root(command: str) -> None:
+    if os.geteuid() != 0:
+        _fail(f"ctrport {command} needs root: it works with the kernel's tables")
+
+
+def _fail(message: str, code: int = FAILED) -> NoReturn:
+    click.echo(f"ctrport: {message}", err=True)
+    raise SystemExit(code)
+
+
+_PRIORITIES = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", logging.DEBUG: "<7>"}
+
+
+class _Journal(logging.Formatter):
+    """Puts the priority in front, as the journal takes it (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _PRIORITIES.get(record.levelno, "") + super().format(record)
+
+
+def _log(verbose: bool) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        _Journal("%(message)s")
+        if systemd.under_journal()
+        else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    )
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
+    for chatty in ("asyncio", "pyroute2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,529 @@
+"""The configuration file: YAML text in, `Config` out, or every problem of the file at once.
+
+It owns the schema, its defaults and the sentences that say what is wrong. Reading the file is the caller's.
+
+YAML is read as a tree of nodes in which every scalar stays the text that was written: the usual loading turns an
+unquoted ``22:22`` into 1342, ``on`` into true, and lets the last of two equal keys win in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from pydantic import Field as Constraint
+from yaml.composer import ComposerError
+from yaml.reader import ReaderError
+
+from ctrport import ports
+from ctrport.model import Declaration, Family, Mapping, Protocol, Selector, is_identifier
+from ctrport.ports import PortSpecError, quoted
+
+DEFAULT_PATH = "/etc/ctrport/config.yaml"
+
+#: The containerd namespace that dockerd keeps its containers in, and publishes itself.
+DOCKERD_NAMESPACE = "moby"
+
+# A backend that is added gets its word here; the check and the sentence follow.
+Backend = Literal["auto", "iptables-nft"]
+Position = Literal["auto", "first", "last"]
+OnStop = Literal["keep", "remove"]
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing wrong in the file, and where: line and column count from 1."""
+
+    line: int
+    column: int
+    message: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.message}"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. ``problems`` is all that is wrong, in the order of the file."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        # An alias brings what is wrong at its anchor up again.
+        self.problems = tuple(sorted(set(problems)))
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+# Checks of single values. What they raise is the middle of a sentence: "`KEY` is 'VALUE'{text}; expected ...".
+
+
+def _address(text: str) -> str:
+    path = text.removeprefix("unix://")
+    if not path.startswith("/") or path.endswith("/") or not path.isprintable():
+        raise ValueError
+    if len(path.encode()) > 107:
+        raise ValueError(", which is longer than the 107 bytes that the path of a socket can have")
+    return path
+
+
+def _identifier(text: str) -> str:
+    if not is_identifier(text):
+        raise ValueError
+    return text
+
+
+#: Words that iptables takes as something else where a chain can stand: its chains, verdicts and targets.
+_IPTABLES_WORDS = (
+    "INPUT OUTPUT FORWARD PREROUTING POSTROUTING ACCEPT DROP RETURN QUEUE "
+    "AUDIT BALANCE CHECKSUM CLASSIFY CLUSTERIP CONNMARK CT DNAT DNPT DSCP ECN HL HMARK IDLETIMER LED LOG MARK "
+    "MASQUERADE MIRROR NETMAP NFLOG NFQUEUE NOTRACK RATEEST REDIRECT REJECT SAME SECMARK SET SNAT SNPT SYNPROXY "
+    "TARPIT TCPMSS TEE TOS TPROXY TRACE TTL ULOG"
+)
+
+#: Whose chains ours would be with such a prefix: KUBE-FORWARD and KUBE-POSTROUTING, CNI-FORWARD, cali-FORWARD exist.
+_FOREIGN_PREFIXES = {"KUBE": "kube-proxy", "CNI": "the CNI plugins", "cali": "Calico", "WEAVE": "Weave Net"}
+
+
+def _chain(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,9}", text) is None:
+        raise ValueError
+    if text in _IPTABLES_WORDS.split():
+        raise ValueError(", a word that iptables has a meaning for")
+    owner = _FOREIGN_PREFIXES.get(text.partition("-")[0])
+    if owner is not None:
+        raise ValueError(f", and chains of such names belong to {owner}")
+    return text
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, str) or value not in {"true", "True", "TRUE", "false", "False", "FALSE"}:
+        raise ValueError
+    return value.lower() == "true"
+
+
+def _glob(text: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9._*?\[\]!-]+", text) is None:
+        raise ValueError
+    if not set(text) & set("*?[") and not is_identifier(text):
+        raise ValueError(", which containerd takes for no name")
+    if re.fullmatch(r"(?:[^\[]|\[(?:!.|[^!])[^\]]*\])*", text) is None:
+        raise ValueError(", with a '[' that is not closed")
+    # fnmatch of some Python 3.10 raises re.error on [b-a], later ones match nothing.
+    for brackets in re.findall(r"\[!?(.[^\]]*)\]", text):
+        if any(first > last for first, last in re.findall(r"(.)-(.)", brackets)):
+            raise ValueError(", with a range that runs backwards")
+    return text
+
+
+# The schema. Pydantic reads it off these dataclasses, so that types, defaults and checks stand in one place.
+
+
+class _Closed:
+    """No key but those named."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Containerd(_Closed):
+    """Where containerd is reached, and which of its namespaces are looked at; no namespace named is all of them."""
+
+    address: Annotated[str, AfterValidator(_address)] = "/run/containerd/containerd.sock"
+    namespaces: tuple[Annotated[str, AfterValidator(_identifier)], ...] = ()
+
+
+@dataclass(frozen=True)
+class Firewall(_Closed):
+    """How the rules get into the kernel, under which name, and where."""
+
+    backend: Backend = "auto"
+    chain: Annotated[str, AfterValidator(_chain)] = "DOCKER"
+    position: Position = "auto"
+    localhost: Annotated[bool, BeforeValidator(_boolean)] = True
+    on_stop: OnStop = "keep"
+
+
+@dataclass(frozen=True)
+class _Match(_Closed):
+    namespace: Annotated[str, AfterValidator(_glob)] | None = None
+    container: Annotated[str, AfterValidator(_glob)] | None = None
+    labels: dict[Annotated[str, StringConstraints(min_length=1)], str] = field(default_factory=dict)
+
+
+def _not_empty(match: _Match) -> _Match:
+    if match == _Match():
+        raise ValueError(" without a condition, which would match every container")
+    return match
+
+
+@dataclass(frozen=True)
+class _Entry(_Closed):
+    match: Annotated[_Match, AfterValidator(_not_empty)]
+    # Text still: a mapping is checked beside those before it, whatever else is wrong in the entry.
+    ports: Annotated[tuple[str, ...], Constraint(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _File(_Closed):
+    containerd: Containerd = Containerd()
+    firewall: Firewall = Firewall()
+    publish: tuple[_Entry, ...] = ()
+
+
+_SCHEMA = TypeAdapter(_File)
+
+#: What is expected at each place of the schema; also the one list of the keys there are.
+_EXPECTED = {
+    "": "a mapping with the keys containerd, firewall and publish, each of which may be left out",
+    "containerd": "a mapping with address and namespaces, or the key left out",
+    "containerd.address": "the absolute path of a unix socket, such as /run/containerd/containerd.sock",
+    "containerd.namespaces": "a list of containerd namespaces, such as [default, k8s.io], or [] for all",
+    "containerd.namespaces[]": "the name of a containerd namespace, such as k8s.io",
+    "firewall": "a mapping with backend, chain, position, localhost and on_stop, or the key left out",
+    "firewall.backend": "auto or iptables-nft",
+    "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
+    "firewall.position": "auto, first or last",
+    "firewall.localhost": "true or false",
+    "firewall.on_stop": "keep or remove",
+    "publish": "a list of entries, each with match and ports, or [] for none",
+    "publish[]": "a mapping with match and ports",
+    "publish[].match": "a mapping with namespace, container or labels, to say which containers are meant",
+    "publish[].match.namespace": "the name of a containerd namespace, in which * ? and [...] match as in a shell",
+    "publish[].match.container": "the id of a container, in which * ? and [...] match as in a shell",
+    "publish[].match.labels": "a mapping from label to value, such as {app: web}",
+    "publish[].match.labels{}": 'text, or "" for an empty value',
+    "publish[].ports": 'a list of port mappings, such as ["8080:80"]',
+    "publish[].ports[]": f"a port mapping, {ports.GRAMMAR}",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the operator wants: the whole of a file that has no problem, defaults filled in."""
+
+    containerd: Containerd = Containerd()
+    firewall: Firewall = Firewall()
+    publish: tuple[Declaration, ...] = ()
+
+    def watches(self, namespace: str) -> bool:
+        """Whether the containers of this containerd namespace are looked at.
+
+        Without a list that is every namespace but dockerd's own, which dockerd publishes itself, unless a declaration
+        names that one literally.
+        """
+        if self.containerd.namespaces:
+            return namespace in self.containerd.namespaces
+        return namespace != DOCKERD_NAMESPACE or any(
+            declaration.selector.namespace == DOCKERD_NAMESPACE for declaration in self.publish
+        )
+
+
+def parse(text: str, name: str) -> Config:
+    """Return the configuration that ``text`` holds; ``name`` is the file's, for messages and sources.
+
+    Raises `ConfigError` with every problem there is. Past an error in the YAML itself nothing
+    can be known, so there it is the last. An empty file is a configuration: all defaults, nothing published.
+    """
+    document = _Document(text)
+    file = _File()
+    if not isinstance(document.content, _Absent):
+        try:
+            file = _SCHEMA.validate_python(document.content)
+        except ValidationError as error:
+            for fault in error.errors(include_url=False):
+                _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
+    mappings = _publish(document)
+    if document.faults:
+        raise ConfigError(Problem(line, column, message, name) for line, column, message in document.faults)
+    declarations = []
+    for index, entry in enumerate(file.publish):
+        selector = Selector(entry.match.namespace, entry.match.container, tuple(sorted(entry.match.labels.items())))
+        line, _ = document.position(("publish", index))
+        declarations.append(Declaration(selector, tuple(mappings[index]), f"{name}:{line}"))
+    return Config(file.containerd, file.firewall, tuple(declarations))
+
+
+# The mappings of an entry, and what this version cannot do with them.
+
+
+def _publish(document: _Document) -> list[list[Mapping]]:
+    """Return the mappings of each entry, and report those that cannot be used.
+
+    It looks at the content as it came, since in an entry that is wrong elsewhere the ports are to be checked too.
+    """
+    content = document.content
+    entries = content.get("publish") if isinstance(content, dict) else None
+    mappings = []
+    for index, entry in enumerate(entries if isinstance(entries, list) else []):
+        specs = entry.get("ports") if isinstance(entry, dict) else None
+        mappings.append(_mappings(document, index, specs if isinstance(specs, list) else []))
+    return mappings
+
+
+def _mappings(document: _Document, entry: int, specs: list[object]) -> list[Mapping]:
+    mappings = []
+    # Who claims a port, so that ten thousand mappings are not each compared with all the others.
+    claims: dict[tuple[Protocol, int], list[tuple[Mapping, str, int]]] = {}
+    for index, spec in enumerate(specs):
+        if not isinstance(spec, str):
+            continue
+        position = document.position(("publish", entry, "ports", index))
+        try:
+            mapping = ports.parse(spec)
+        except PortSpecError as error:
+            document.fault(position, str(error))
+            continue
+        unsupported = _unsupported(mapping)
+        if unsupported is not None:
+            document.fault(position, f"{quoted(spec)} {unsupported}")
+            continue
+        claimed = [(mapping.protocol, port) for port in mapping.host_ports or ()]
+        rivals = (rival for claim in claimed for rival in claims.get(claim, ()))
+        first = next((f"{quoted(text)} on line {at}" for rival, text, at in rivals if rival.overlaps(mapping)), None)
+        if first is not None:
+            document.fault(position, f"{quoted(spec)} claims a host port that {first} has; expected each once")
+        for claim in claimed:
+            claims.setdefault(claim, []).append((mapping, spec, position[0]))
+        mappings.append(mapping)
+    return mappings
+
+
+def _unsupported(mapping: Mapping) -> str | None:
+    """Say what of a mapping that is good `-p` this version cannot do yet, as the end of a sentence."""
+    if mapping.protocol is Protocol.SCTP:
+        return "is for sctp, which this version does not publish yet; expected tcp or udp"
+    if mapping.host_ip is not None and Family.of(mapping.host_ip) is Family.IPV6:
+        return "has an IPv6 host address, which this version does not publish on yet; expected an IPv4 address or none"
+    if mapping.host_ports is None:
+        return "has no host port, and this version does not choose one yet; expected hostPort:containerPort"
+    if len(mapping.host_ports) != len(mapping.container_ports):
+        return "has several host ports for one container port, and this version does not choose one yet; expected one"
+    return None
+
+
+# From pydantic's errors to sentences.
+
+_Location = tuple[int | str, ...]
+
+
+def _report(document: _Document, kind: str, location: _Location, value: object, context: dict[str, Any]) -> None:
+    """Add what pydantic found wrong at ``location`` to the faults of the document, in our words."""
+    place, shown = _place(location)
+    if kind == "unexpected_keyword_argument":
+        parent, shown = _place(location[:-1])
+        document.fault(document.position(location, key=True), _unknown(parent, shown, str(location[-1])))
+    elif value is _REPORTED or (kind == "too_short" and value):
+        # As to the second: pydantic counts only the items that are good, and reports each of the others for itself.
+        return
+    elif kind == "missing":
+        document.fault(document.position(location[:-1]), f"{shown} is missing; expected {_EXPECTED[place]}")
+    elif kind == "string_too_short":
+        document.fault(
+            document.position(location[:-1], key=True), "a label has no name; expected one, such as app in {app: web}"
+        )
+    elif value is _NOTHING:
+        document.fault(document.position(location, key=True), f"{shown} is empty; expected {_EXPECTED[place]}")
+    else:
+        fault = f"{shown} is {_given(value)}{context.get('error', '')}; expected {_EXPECTED[place]}"
+        document.fault(document.position(location), fault)
+
+
+def _place(location: _Location) -> tuple[str, str]:
+    """Return the place in the schema, a key of `_EXPECTED`, and what to call it."""
+    place = ""
+    for step in location:
+        if isinstance(step, int):
+            place += "[]"
+        elif place == "publish[].match.labels":
+            return f"{place}{{}}", f"the label {quoted(step)}"
+        else:
+            place += f".{step}" if place else step
+    if place == "":
+        return place, "the file"
+    return place, f"an entry of `{place[:-2]}`" if place.endswith("[]") else f"`{place}`"
+
+
+def _unknown(place: str, shown: str, key: str) -> str:
+    children = (known.rpartition(".") for known in _EXPECTED if known and known[-1] not in "]}")
+    keys = [child for parent, _, child in children if parent == place]
+    near = get_close_matches(key, keys, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{shown} has no key {quoted(key)}; expected {', '.join(keys[:-1])} or {keys[-1]}{hint}"
+
+
+def _given(value: object) -> str:
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    return "a mapping"
+
+
+# The YAML itself.
+
+#: The schema needs 6 levels; more would only exhaust the stack.
+_DEPTH_MAX = 32
+
+#: How many nodes the aliases of a file may stand for, beside those that are written out: ten lines can make billions.
+_ALIASED_MAX = 10_000
+
+_SYNTAX_MAX = 200
+
+
+class _Absent:
+    """What stands in the content in the place of a value; not an Enum, whose text pydantic would take for it."""
+
+
+#: A null: nothing was written, or YAML's word for nothing.
+_NOTHING = _Absent()
+
+#: Something that was reported when it was read.
+_REPORTED = _Absent()
+
+
+class _Loader(yaml.SafeLoader):
+    """A composer that keeps the stack shallow and notes the tags, which a node no longer tells from implied ones."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.tags: list[tuple[yaml.Mark, str]] = []
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            self.tags.append((event.start_mark, tag))
+        self._depth += 1
+        if self._depth > _DEPTH_MAX:
+            raise ComposerError(None, None, f"nested more than {_DEPTH_MAX} levels deep", event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Document:
+    """A YAML text as dictionaries, lists and the text of its scalars, with the way back to line and column.
+
+    ``content`` is `_NOTHING` where the text holds nothing; ``faults`` begins with what is wrong with the YAML.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.faults: list[tuple[int, int, str]] = []
+        self._seen: set[int] = set()
+        self._open: set[int] = set()
+        self._aliased = 0
+        self._root = self._compose(text)
+        self.content: object = _NOTHING if self._root is None else self._plain(self._root, 1)
+
+    def fault(self, position: tuple[int, int], message: str) -> None:
+        """Note what is wrong at ``position``, a line and a column."""
+        self.faults.append((*position, message))
+
+    def position(self, location: _Location, key: bool = False) -> tuple[int, int]:
+        """Return line and column of the node at ``location``, or of the key that it belongs to."""
+        node = self._root
+        mark = None if node is None else node.start_mark
+        for step in location:
+            if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+                node = node.value[step]
+                mark = node.start_mark
+            elif isinstance(node, yaml.MappingNode):
+                name, node = next(pair for pair in node.value if pair[0].value == step)
+                mark = name.start_mark if key else node.start_mark
+        return _position(mark)
+
+    def _compose(self, text: str) -> yaml.Node | None:
+        try:
+            loader = _Loader(text)
+        except ReaderError as error:
+            lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", text[: error.position])
+            character = f"the character U+{error.character:04X} cannot stand in YAML; expected printable text"
+            self.fault((len(lines), len(lines[-1]) + 1), character)
+            return None
+        root = None
+        try:
+            root = loader.get_single_node()
+        except yaml.MarkedYAMLError as error:
+            self.fault(_position(error.problem_mark), _syntax(error))
+        except (ValueError, OverflowError):
+            # PyYAML hands \\U00110000 to chr() and the digits of %YAML to int().
+            self.fault(_position(loader.get_mark()), "this is not YAML: a number is out of range")
+        finally:
+            loader.dispose()
+        for mark, tag in loader.tags:
+            tag = tag.replace("tag:yaml.org,2002:", "!!")
+            self.fault(_position(mark), f"the tag {quoted(tag)} is not taken here; expected the value without a tag")
+        return root
+
+    def _plain(self, node: yaml.Node, depth: int) -> object:
+        position = _position(node.start_mark)
+        if id(node) in self._open:
+            self.fault(position, "an alias brings this into itself; expected it to end somewhere")
+            return _REPORTED
+        if depth > _DEPTH_MAX:
+            self.fault(position, f"aliases nest this more than {_DEPTH_MAX} levels deep")
+            return _REPORTED
+        if id(node) in self._seen:
+            self._aliased += 1
+            if self._aliased == _ALIASED_MAX:
+                self.fault(position, f"the aliases of this file stand for more than {_ALIASED_MAX} values")
+            if self._aliased >= _ALIASED_MAX:
+                return _REPORTED
+        self._seen.add(id(node))
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        self._open.add(id(node))
+        plain: object
+        if isinstance(node, yaml.SequenceNode):
+            plain = [self._plain(item, depth + 1) for item in node.value]
+        else:
+            plain = self._mapping(node.value, depth)
+        self._open.discard(id(node))
+        return plain
+
+    def _scalar(self, node: yaml.ScalarNode) -> object:
+        if any("\ud800" <= character <= "\udfff" for character in node.value):
+            self.fault(_position(node.start_mark), "half of a surrogate pair is no character; expected text")
+            return _REPORTED
+        return _NOTHING if node.tag == "tag:yaml.org,2002:null" else node.value
+
+    def _mapping(self, pairs: list[tuple[yaml.Node, yaml.Node]], depth: int) -> dict[str, object]:
+        plain: dict[str, object] = {}
+        first: dict[str, int] = {}
+        for key, value in pairs:
+            position = _position(key.start_mark)
+            content = self._plain(value, depth + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
+                self.fault(position, f"a key is a {kind}; expected text")
+            elif key.tag == "tag:yaml.org,2002:merge":
+                self.fault(position, "merging with '<<' is not taken here; expected the keys written out")
+            elif key.value in first:
+                again = f"the key {quoted(key.value)} stands on line {first[key.value]} already; expected each once"
+                self.fault(position, again)
+            elif self._scalar(key) is not _REPORTED:
+                first[key.value] = position[0]
+                plain[key.value] = content
+        return plain
+
+
+def _position(mark: yaml.Mark | None) -> tuple[int, int]:
+    return (1, 1) if mark is None else (mark.line + 1, mark.column + 1)
+
+
+def _syntax(error: yaml.MarkedYAMLError) -> str:
+    problem, context = error.problem or "", error.context or ""
+    if problem == "but found another document":
+        return "a second document begins here; expected one alone"
+    if problem.startswith("found character '\\t'"):
+        return "a tab cannot indent or begin a value in YAML; expected spaces"
+    if context.startswith("found duplicate anchor"):
+        return f"{problem} of an anchor; expected each to be defined once"
+    begun = ""
+    if error.context_mark is not None and error.problem_mark is not None:
+        begun = f" that begins on line {error.context_mark.line + 1}" if context.startswith("while ") else ""
+    return f"this is not YAML: {' '.join(filter(None, (problem, context)))[:_SYNTAX_MAX]}{begun}"

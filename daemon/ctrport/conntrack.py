@@ -1,0 +1,160 @@
+"""Flows that outlive their mapping: connection tracking keeps sending them where they went.
+
+A flow is looked up in the rules only once, at its first packet. So a UDP client that went on sending while there was no
+rule never meets the rule, and one whose container moved keeps sending into the void. After rules came or went, the
+flows that they would have decided otherwise are removed; the next packet of each is looked up anew.
+
+Reads and removes flows with the program ``conntrack``, which kubeadm wants on every node too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from .model import Address, Attachment, Mapping, PortRange, Protocol
+
+#: Seconds that listing or removing flows may take before it is given up.
+TIMEOUT = 10.0
+
+
+class ConntrackError(Exception):
+    """Flows could not be listed or removed; the message is one sentence for people."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One tracked flow: where its first packet went, and where its answers come from."""
+
+    protocol: Protocol
+    destination: Address
+    port: int
+    reply_source: Address
+    reply_port: int
+
+    @property
+    def translated(self) -> bool:
+        """Whether the flow's destination was translated."""
+        return self.reply_source != self.destination
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A mapping whose rules were put in: flows to its host ports belong to ``attachment`` from now on."""
+
+    mapping: Mapping
+    attachment: Attachment
+
+    def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
+        """Whether ``flow`` was decided without the rule.
+
+        A TCP connection to a program on the host itself is left alone: it was there first, and is not of the mapping.
+        """
+        if not _to_host_port(flow, self.mapping) or flow.reply_source == self.attachment.address:
+            return False
+        if not (flow.destination.is_loopback or flow.destination in node):
+            return False  # somebody's flow through the node to another host that has the same port
+        return flow.translated or flow.protocol is not Protocol.TCP
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A mapping whose rules were taken away: no flow through it may go on."""
+
+    mapping: Mapping
+    attachment: Attachment
+
+    def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
+        """Whether ``flow`` went through the mapping."""
+        if not _to_host_port(flow, self.mapping) or flow.reply_source != self.attachment.address:
+            return False
+        assert self.mapping.host_ports is not None
+        offset = self.mapping.container_ports.first - self.mapping.host_ports.first
+        return flow.reply_port == flow.port + offset
+
+
+def _to_host_port(flow: Flow, mapping: Mapping) -> bool:
+    ports = mapping.host_ports
+    if flow.protocol is not mapping.protocol or ports is None or not ports.first <= flow.port <= ports.last:
+        return False
+    return mapping.any_host_ip or flow.destination == mapping.host_ip
+
+
+async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
+    """Remove the flows that ``touched`` mappings made stale, and return how many kinds of flow that were.
+
+    ``node`` are the node's own addresses. Raises ``ConntrackError``; what was removed until then stays so.
+    """
+    removed = 0
+    for protocol in sorted({one.mapping.protocol for one in touched}):
+        ours = [one for one in touched if one.mapping.protocol is protocol]
+        flows = parse(await _run("-L", "-p", protocol.value, *_narrowed(ours)))
+        stale = {flow for flow in flows if any(one.is_stale(flow, node) for one in ours)}
+        for key in sorted({_key(flow) for flow in stale}):
+            await _run("-D", "-p", protocol.value, *key)
+            removed += 1
+    return removed
+
+
+def _narrowed(touched: Sequence[Opened | Closed]) -> list[str]:
+    """Return the filter that lists no more than needed, where conntrack has one for it."""
+    ports = {one.mapping.host_ports for one in touched}
+    match list(ports):
+        case [PortRange(first, last)] if first == last:
+            return ["--orig-port-dst", str(first)]
+    return []
+
+
+def _key(flow: Flow) -> tuple[str, ...]:
+    """Return what names all flows like this one: the port alone would cut other people's, such as a sibling's DNS."""
+    return (
+        *("--orig-port-dst", str(flow.port), "--orig-dst", str(flow.destination)),
+        *("--reply-src", str(flow.reply_source), "--reply-port-src", str(flow.reply_port)),
+    )
+
+
+_FLOW = re.compile(
+    r"^(?P<protocol>\w+) .*?src=\S+ dst=(?P<destination>\S+) sport=\d+ dport=(?P<port>\d+) "
+    r".*?src=(?P<reply_source>\S+) dst=\S+ sport=(?P<reply_port>\d+) dport=\d+",
+    re.MULTILINE,
+)
+
+
+def parse(text: str) -> Iterator[Flow]:
+    """Read what ``conntrack -L`` prints."""
+    for found in _FLOW.finditer(text):
+        yield Flow(
+            Protocol(found["protocol"]),
+            ip_address(found["destination"]),
+            int(found["port"]),
+            ip_address(found["reply_source"]),
+            int(found["reply_port"]),
+        )
+
+
+async def _run(*argv: str) -> str:
+    try:
+        process = await asyncio.create_subprocess_exec(
+            "conntrack", *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+    except FileNotFoundError as error:
+        raise ConntrackError(
+            "conntrack is not installed: UDP flows may go on where their mapping no longer leads"
+        ) from error
+    except OSError as error:
+        raise ConntrackError(f"conntrack could not be started: {error.strerror}") from error
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), TIMEOUT)
+    except asyncio.TimeoutError as error:
+        raise ConntrackError(f"conntrack did not end within {TIMEOUT:.0f} s") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    # Status 1 with "0 flow entries" is its way to say that none matched: another may have removed them first.
+    if process.returncode != 0 and b"0 flow entries" not in err:
+        raise ConntrackError(f"conntrack {argv[0]} failed: {' '.join(err.decode(errors='replace').split())}")
+    return out.decode(errors="replace")

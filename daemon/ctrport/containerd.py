@@ -1,0 +1,467 @@
+"""containerd over gRPC: who runs, and when to look again.
+
+Nothing is kept here between two calls but the connection. An event carries no truth: it names a container that is to
+be looked at again, so a lost, doubled or late one costs latency only. There is no replay, and a hung containerd is
+silent, so the caller lists once events() is entered, lists again after each loss, and probes with version().
+
+    ContainerdError
+    ├── Unavailable     no socket, nobody listens, or the connection broke: wait with connected()
+    ├── Unresponsive    it took the call and did not answer in time
+    ├── NotFound        it has no such thing
+    └── Refused         anything else, such as no permission
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import quote
+
+# gRPC's core writes to stderr by itself what it also reports as an error. It reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+
+from ctrport.api import (
+    containers_pb2,
+    containers_pb2_grpc,
+    events_pb2,
+    events_pb2_grpc,
+    namespaces_pb2,
+    namespaces_pb2_grpc,
+    payloads_pb2,
+    task_pb2,
+    tasks_pb2,
+    tasks_pb2_grpc,
+    version_pb2,
+    version_pb2_grpc,
+)
+from ctrport.model import ContainerKey, is_identifier
+
+log = logging.getLogger(__name__)
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+#: Seconds that containerd has for one call, and for the first event of a subscription.
+DEADLINE = 5.0
+
+#: Seconds it has to tell its version, which it knows without asking disk or shim.
+PROBE_DEADLINE = 3.0
+
+#: Seconds from one try to the next, doubled each time from the first to the second of them.
+RETRY_PAUSES = (0.05, 2.0)
+MARK_PAUSES = (0.002, 0.5)
+
+CHANNEL_OPTIONS = (
+    ("grpc.default_authority", "localhost"),  # else it is the path, percent-encoded
+    ("grpc.max_receive_message_length", 16 << 20),  # what containerd sends at most
+    ("grpc.initial_reconnect_backoff_ms", int(RETRY_PAUSES[0] * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(RETRY_PAUSES[1] * 1000)),
+    ("grpc.min_reconnect_backoff_ms", int(DEADLINE * 1000)),  # how long one try may take, in spite of its name
+)
+
+_Payload = (
+    payloads_pb2.TaskStart
+    | payloads_pb2.TaskExit
+    | payloads_pb2.TaskDelete
+    | payloads_pb2.TaskPaused
+    | payloads_pb2.TaskResumed
+    | payloads_pb2.ContainerUpdate
+    | payloads_pb2.ContainerDelete
+)
+
+#: The topics that make a container worth another look, each with what its events hold.
+_PAYLOADS: dict[str, type[_Payload]] = {
+    "/tasks/start": payloads_pb2.TaskStart,
+    "/tasks/exit": payloads_pb2.TaskExit,
+    "/tasks/delete": payloads_pb2.TaskDelete,
+    "/tasks/paused": payloads_pb2.TaskPaused,
+    "/tasks/resumed": payloads_pb2.TaskResumed,
+    "/containers/update": payloads_pb2.ContainerUpdate,
+    "/containers/delete": payloads_pb2.ContainerDelete,
+}
+
+#: The states in which a task has its network, and with it its mappings.
+_LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
+
+
+class ContainerdError(Exception):
+    """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
+
+
+class Unavailable(ContainerdError):
+    """No socket, nobody who listens on it, or a connection that broke."""
+
+
+class Unresponsive(ContainerdError):
+    """containerd took the call and did not answer before the deadline."""
+
+
+class NotFound(ContainerdError):
+    """containerd has no such thing."""
+
+
+class Refused(ContainerdError):
+    """containerd, or the kernel before it, will not: waiting does not mend it."""
+
+
+@dataclass(frozen=True)
+class TaskEvent:
+    """Something happened to this container: look at it again. ``topic`` says what, for people."""
+
+    key: ContainerKey
+    topic: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A container with a running, pausing or paused task.
+
+    ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
+    in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands.
+    """
+
+    key: ContainerKey
+    pid: int | None
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+class Containerd:
+    """A connection to containerd; an async context manager, to be entered and left in one event loop.
+
+    It connects by itself, and again after a loss. Every method may be called by several tasks at a time. Only
+    connected() waits for a containerd that is not there; the others raise a ContainerdError: at once where nobody
+    listens, after DEADLINE seconds where nobody answers, and containers(), which asks more than once, after twice that.
+    """
+
+    _channel: grpc.aio.Channel
+
+    def __init__(self, address: str) -> None:
+        """``address`` is the path of containerd's unix socket; it need not be there yet."""
+        self.address = address
+        self._readying: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Containerd:
+        channel = grpc.aio.insecure_channel(f"unix:{quote(self.address)}", options=CHANNEL_OPTIONS)
+        self._channel = channel
+        # The generated stubs are untyped; each method gets its type here, once.
+        version: Any = _stub(version_pb2_grpc.VersionStub, channel)
+        self._version: grpc.aio.UnaryUnaryMultiCallable[Empty, version_pb2.VersionResponse] = version.Version
+        namespaces: Any = _stub(namespaces_pb2_grpc.NamespacesStub, channel)
+        self._namespaces: grpc.aio.UnaryUnaryMultiCallable[
+            namespaces_pb2.ListNamespacesRequest, namespaces_pb2.ListNamespacesResponse
+        ] = namespaces.List
+        containers: Any = _stub(containers_pb2_grpc.ContainersStub, channel)
+        self._container: grpc.aio.UnaryUnaryMultiCallable[
+            containers_pb2.GetContainerRequest, containers_pb2.GetContainerResponse
+        ] = containers.Get
+        self._containers: grpc.aio.UnaryStreamMultiCallable[
+            containers_pb2.ListContainersRequest, containers_pb2.ListContainerMessage
+        ] = containers.ListStream
+        tasks: Any = _stub(tasks_pb2_grpc.TasksStub, channel)
+        self._task: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.GetRequest, tasks_pb2.GetResponse] = tasks.Get
+        self._tasks: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.ListTasksRequest, tasks_pb2.ListTasksResponse] = (
+            tasks.List
+        )
+        events: Any = _stub(events_pb2_grpc.EventsStub, channel)
+        self._publish: grpc.aio.UnaryUnaryMultiCallable[events_pb2.PublishRequest, Empty] = events.Publish
+        self._subscribe: grpc.aio.UnaryStreamMultiCallable[events_pb2.SubscribeRequest, events_pb2.Envelope] = (
+            events.Subscribe
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+        if self._readying is not None:
+            await asyncio.gather(self._readying, return_exceptions=True)
+
+    async def connected(self) -> None:
+        """Wait, for as long as it takes, until containerd answers.
+
+        Costs next to nothing while it waits: the channel looks for the socket every two seconds. Raises Refused where
+        waiting cannot help.
+        """
+        pause, longest = RETRY_PAUSES
+        told = False
+        while True:
+            try:
+                version = await self.version()
+            except (Unavailable, Unresponsive) as error:
+                if not told:
+                    log.warning("%s; waiting for it", error)
+                told = True
+            else:
+                if told:
+                    log.info("containerd %s answers at %s", version, self.address)
+                return
+            # The pause is for a channel that is ready and a containerd that fails each call at once.
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+            # A failed call costs gRPC memory that it never gives back (grpc/grpc#38499); waiting here does not.
+            await self._ready()
+
+    async def _ready(self) -> None:
+        # Cancelled, gRPC's watch over the channel would live on and wake a loop that is closed by then. So it is not
+        # cancelled: the next to wait shares it, and the closing of the channel ends it.
+        if self._readying is None or self._readying.done():
+            self._readying = asyncio.ensure_future(self._channel.channel_ready())
+        await asyncio.shield(self._readying)
+
+    async def version(self) -> str:
+        """Return containerd's version; also the probe: fails at once when it is dead, else within PROBE_DEADLINE."""
+        return (await self._call(self._version, Empty(), deadline=PROBE_DEADLINE)).version
+
+    async def namespaces(self) -> list[str]:
+        """Return the names of the containerd namespaces, sorted."""
+        response = await self._call(self._namespaces, namespaces_pb2.ListNamespacesRequest())
+        return sorted(n.name for n in response.namespaces if _checked(n.name, "namespace"))
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[TaskEvent]]:
+        """Subscribe, and give an endless iterator over the events of every namespace, for one reader.
+
+        Once entered, no event is missed until the iterator raises: list afterwards, and nothing falls between. When
+        ``/tasks/exit`` is here, container() no longer has the container, and when ``/tasks/start`` is, it has. The
+        iterator raises Unavailable when containerd goes away; a containerd that hangs leaves it silent. Read on
+        without delay: what is not read piles up in containerd's memory without bound.
+
+        Entering raises a ContainerdError; Unresponsive when no subscription comes about within DEADLINE seconds.
+        """
+        # containerd answers a subscription with its first event, not before, and takes it up while it already serves
+        # the next call: of events published right after the call every second one was lost (1.6.20, idle machine).
+        # So we publish one of our own until it comes back; from then on we are on the list.
+        mark = f"/ctrport/subscribed/{secrets.token_hex(8)}"
+        # Filters are joined by "or". The marks of other subscribers, and execs, images and content, stay away.
+        request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*_PAYLOADS, mark)])
+        call = self._subscribe(request)
+        try:
+            events = _Events(call, self.address)
+            await self._established(events, mark)
+            yield events
+        finally:
+            call.cancel()  # an abandoned call is never collected (grpc/grpc#43462)
+
+    async def containers(self, namespace: str) -> list[Listed]:
+        """Return every container of ``namespace`` with a running, pausing or paused task, sorted by id.
+
+        Empty for a namespace that is not there.
+        """
+        # In this order: the container of a task that was there is missing only when both have been deleted since.
+        processes = await self._processes(namespace)
+        listed = []
+        async for container in self._stored(namespace):
+            process = processes.get(container.id)
+            if process is not None:
+                found = _listed(ContainerKey(namespace, container.id), process, container)
+                listed += [found] if found is not None else []
+        return sorted(listed, key=lambda found: found.key)
+
+    async def container(self, key: ContainerKey) -> Listed | None:
+        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused."""
+        try:
+            process = await self._process(key)
+            request = containers_pb2.GetContainerRequest(id=key.id)
+            container = (await self._call(self._container, request, key.namespace)).container
+        except NotFound:
+            return None
+        return _listed(key, process, container)
+
+    async def _process(self, key: ContainerKey) -> task_pb2.Process:
+        request = tasks_pb2.GetRequest(container_id=key.id)
+        return (await self._call(self._task, request, key.namespace)).process
+
+    async def _processes(self, namespace: str) -> dict[str, task_pb2.Process]:
+        """Return the container's own process of every task, by container id."""
+        try:
+            response = await self._call(self._tasks, tasks_pb2.ListTasksRequest(), namespace)
+        except Unresponsive:
+            # To list, containerd asks one shim after the other, 2 s each: three that hang outlast our deadline, and
+            # no container would ever be listed again. Asked for at the same time, they hold up nobody but themselves.
+            await self.version()
+        else:
+            return {process.container_id or process.id: process for process in response.tasks}
+        keys = [ContainerKey(namespace, container.id) async for container in self._stored(namespace)]
+        answers = await asyncio.gather(*map(self._process, keys), return_exceptions=True)
+        processes = {}
+        for key, answer in zip(keys, answers, strict=True):
+            if isinstance(answer, task_pb2.Process):
+                processes[key.id] = answer
+            elif not isinstance(answer, NotFound):
+                raise answer
+        return processes
+
+    async def _stored(self, namespace: str) -> AsyncIterator[containers_pb2.Container]:
+        """Yield what containerd has stored of each container, with a task or without."""
+        request = containers_pb2.ListContainersRequest()
+        call = self._containers(request, timeout=DEADLINE, metadata=_metadata(namespace))
+        try:
+            with _errors(self.address, DEADLINE):
+                while (message := await call.read()) is not grpc.aio.EOF:
+                    # gRPC gives None for a message that cannot be decoded; one such must not hide the others.
+                    if not isinstance(message, containers_pb2.ListContainerMessage):
+                        log.warning("containerd sent a container of namespace %s that cannot be decoded", namespace)
+                    elif _checked(message.container.id, "container id"):
+                        yield message.container
+        finally:
+            call.cancel()
+
+    async def _established(self, events: _Events, mark: str) -> None:
+        """Return once the event of topic ``mark`` has come; raise a ContainerdError when none can come."""
+        reading = asyncio.ensure_future(events.until(mark))
+        marking = asyncio.ensure_future(self._marking(mark))
+        try:
+            await asyncio.wait({reading, marking}, return_when=asyncio.FIRST_COMPLETED)
+            await (reading if reading.done() else marking)
+        finally:
+            for task in (reading, marking):
+                task.cancel()
+            await asyncio.gather(reading, marking, return_exceptions=True)
+
+    async def _marking(self, mark: str) -> NoReturn:
+        """Publish an event of topic ``mark`` again and again; raise Unresponsive after DEADLINE seconds."""
+        # The event must be there: containerd 1.6.20 crashes on one published without. Empty is a type that every
+        # other subscriber can decode.
+        event = AnyMessage(type_url=Empty.DESCRIPTOR.full_name)
+        request = events_pb2.PublishRequest(topic=mark, event=event)
+        now = asyncio.get_running_loop().time
+        end = now() + DEADLINE
+        pause, longest = MARK_PAUSES
+        while (left := end - now()) > 0:
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, longest)
+            await self._call(self._publish, request, "ctrport", deadline=left)
+        raise Unresponsive(f"containerd at {self.address} sent no events within {DEADLINE:g} s of a subscription")
+
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        namespace: str | None = None,
+        deadline: float = DEADLINE,
+    ) -> Response:
+        metadata = _metadata(namespace) if namespace is not None else None
+        with _errors(self.address, deadline):
+            response = await method(request, timeout=deadline, metadata=metadata)
+        if response is None:
+            raise Refused(f"containerd at {self.address} sent an answer that cannot be decoded")
+        return response
+
+
+class _Events(AsyncIterator[TaskEvent]):
+    """The events of one subscription, for one reader. It never ends but by an error."""
+
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[events_pb2.SubscribeRequest, events_pb2.Envelope], address: str
+    ) -> None:
+        self._call = call
+        self._address = address
+        self._pending: collections.deque[TaskEvent] = collections.deque()
+
+    async def __anext__(self) -> TaskEvent:
+        while not self._pending:
+            self._keep(await self._envelope())
+        return self._pending.popleft()
+
+    async def until(self, mark: str) -> None:
+        """Return when the event of topic ``mark`` has come; those before it are kept for the reader."""
+        while (envelope := await self._envelope()) is None or envelope.topic != mark:
+            self._keep(envelope)
+
+    def _keep(self, envelope: events_pb2.Envelope | None) -> None:
+        event = task_event(envelope) if envelope is not None else None
+        if event is not None:
+            self._pending.append(event)
+
+    async def _envelope(self) -> events_pb2.Envelope | None:
+        """Return the next event, or None for one that cannot be decoded."""
+        with _errors(self._address, DEADLINE):
+            envelope = await self._call.read()
+        if envelope is grpc.aio.EOF:
+            raise Unavailable(f"containerd at {self._address} ended the stream of events")
+        return envelope if isinstance(envelope, events_pb2.Envelope) else None
+
+
+@contextlib.contextmanager
+def _errors(address: str, deadline: float) -> Iterator[None]:
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise rpc_error(address, error.code(), error.details() or "", deadline) from error
+
+
+def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float) -> ContainerdError:
+    """Return the error of ours that says what gRPC reported of a call with that deadline, in seconds."""
+    details = " ".join(details.split())
+    if code is grpc.StatusCode.UNAVAILABLE:
+        # "failed to connect to all addresses; last error: ... error: No such file or directory"
+        reason = details.rpartition(" error: ")[2]
+        kind = Refused if reason == "Permission denied" else Unavailable
+        return kind(f"containerd cannot be reached at {address}: {reason}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Unresponsive(f"containerd at {address} did not answer within {round(deadline, 1):g} s")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return NotFound(f"containerd at {address} has no such thing: {details}")
+    return Refused(f"containerd at {address} refused the call: {details} ({code.name})")
+
+
+def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
+    """Return what an event says, or None when it is not about a container's own task, or malformed."""
+    payload_type = _PAYLOADS.get(envelope.topic)
+    if payload_type is None:
+        return None
+    # containerd's type_url is the bare name; whoever publishes by other means may put an authority before it.
+    if envelope.event.type_url.rpartition("/")[2] != payload_type.DESCRIPTOR.full_name:
+        log.debug("skipped an event %s that holds a %s", envelope.topic, envelope.event.type_url)
+        return None
+    try:
+        payload = payload_type.FromString(envelope.event.value)
+    except DecodeError as error:
+        log.debug("skipped an event %s that cannot be decoded: %s", envelope.topic, error)
+        return None
+    if isinstance(payload, (payloads_pb2.ContainerUpdate, payloads_pb2.ContainerDelete)):
+        container = payload.id
+    else:
+        container = payload.container_id
+        # A process that was exec'd into a container and exits is not the container.
+        if isinstance(payload, (payloads_pb2.TaskExit, payloads_pb2.TaskDelete)) and payload.id not in ("", container):
+            return None
+    if not (_checked(envelope.namespace, "namespace") and _checked(container, "container id")):
+        return None
+    return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic)
+
+
+def _listed(key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container) -> Listed | None:
+    if process.status == task_pb2.UNKNOWN:
+        return Listed(key, None, dict(container.labels))
+    return Listed(key, process.pid, dict(container.labels)) if process.status in _LIVE else None
+
+
+def _checked(name: str, what: str) -> bool:
+    """Whether ``name`` may go on into rules and logs; containerd checks too, so False is a warning's worth."""
+    if is_identifier(name):
+        return True
+    log.warning("skipped a %s that containerd itself would not take: %.100r", what, name)
+    return False
+
+
+def _metadata(namespace: str) -> tuple[tuple[str, str], ...]:
+    return (("containerd-namespace", namespace),)
+
+
+def _stub(stub: Any, channel: grpc.aio.Channel) -> Any:
+    return stub(channel)

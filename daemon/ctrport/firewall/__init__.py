@@ -1,0 +1,67 @@
+"""Make the kernel hold the rules: one protocol, an implementation for each way the kernel keeps them.
+
+    rules (typed)  ->  plan (what to write, in which order)  ->  a kernel interface (iptables-nft, ...)
+
+A ``Firewall`` is for one address family. It knows what the kernel held when it last looked and what it wrote since, so
+a change is planned without asking the kernel again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from ..rules import Difference, LocalnetRecord, Rule
+from .plan import Plan
+
+
+class FirewallError(Exception):
+    """The kernel's tables could not be read or written; the message is one sentence for people."""
+
+
+class Unusable(FirewallError):
+    """It cannot work at all on this machine as it is: the program is missing, or it may not do it."""
+
+
+class ForeignChain(FirewallError):
+    """A chain of the name we would use holds somebody else's rules. It was not touched."""
+
+
+class Firewall(Protocol):
+    """What keeps our rules of one family in the kernel."""
+
+    name: str
+
+    async def read(self) -> None:
+        """Look at what the kernel holds: our chains, and the kernel chains that we jump from.
+
+        Raises ``ForeignChain``, ``Unusable``, or another ``FirewallError``.
+        """
+        ...
+
+    @property
+    def localnet_records(self) -> tuple[LocalnetRecord, ...]:
+        """What our rules in the kernel say about who switched route_localnet on, as of the last ``read``."""
+        ...
+
+    def plan(self, wanted: Iterable[Rule]) -> Plan:
+        """Return what makes the kernel hold exactly ``wanted`` of ours; empty where it does so already.
+
+        Judged by what the last ``read`` saw and by what was applied since.
+        """
+        ...
+
+    def plan_change(self, difference: Difference) -> Plan:
+        """Return what a difference takes, at a cost that depends on the difference alone."""
+        ...
+
+    async def apply(self, plan: Plan) -> None:
+        """Write a plan. After an error nothing is known of the kernel: ``read`` before planning again."""
+        ...
+
+    async def plan_removal(self) -> tuple[Plan, Plan]:
+        """Return what takes every rule of ours away, whatever our chains are called.
+
+        The second plan removes the guard of 127.0.0.0/8, and is for after route_localnet was put back.
+        """
+        ...

@@ -1,0 +1,279 @@
+"""What to write so that the kernel holds what it should: pure, printable, and in an order that is safe.
+
+A restore commits table by table. So an addition writes filter before nat and a removal nat before filter: a packet that
+is translated is always one that is accepted too. The guard of 127.0.0.0/8 (raw) comes first and goes last.
+
+A chain of ours is rewritten whole only where its order is wrong or a rule stands in it twice; otherwise only the rules
+that differ are written, so the others keep their counters. In a kernel chain nothing is touched but rules of ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from ..rules import USER_CHAIN, Difference, Jump, Place, Rule, Table
+
+ChainKey = tuple[Table, str]
+Ranks = Mapping[ChainKey, Mapping[int, int]]  # of each chain of ours: how many rules it holds of each rank
+
+
+@dataclass(frozen=True)
+class Line:
+    """One rule as the kernel lists it: ``text`` in iptables' words (``-A CHAIN ...``), ``tag`` where it is ours."""
+
+    text: str
+    tag: str | None
+
+    @property
+    def target(self) -> str:
+        """The chain or target that it goes to, empty where it goes nowhere."""
+        found = _TARGET.search(self.text)
+        return found[1] if found else ""
+
+
+# The last "-j" of the line: what a quoted comment holds comes before it.
+_TARGET = re.compile(r'.* -[jg] ([^\s"]+)')
+
+
+@dataclass(frozen=True)
+class New:
+    """Make a chain. Fails where there is one of that name, so that what came meanwhile is not emptied."""
+
+    chain: str
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Take every rule out of a chain of ours, to write it anew in the same commit."""
+
+    chain: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """Put a rule at ``position``, counted from 1, or at the end where that is None."""
+
+    rule: Rule
+    position: int | None
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Take one rule of ours away: as we would write it, or as the kernel lists it."""
+
+    chain: str
+    rule: Rule | Line
+
+
+@dataclass(frozen=True)
+class Delete:
+    """Empty a chain of ours, and take it away where ``whole``."""
+
+    chain: str
+    whole: bool = True
+
+
+Op = New | Empty | Add | Remove | Delete
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is committed to one table at once."""
+
+    table: Table
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Blocks in the order in which they are to be committed. False where there is nothing to write.
+
+    ``ranks`` is what our chains hold of each rank afterwards.
+    """
+
+    blocks: tuple[Block, ...] = ()
+    ranks: Ranks = field(default_factory=dict, compare=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks)
+
+    @property
+    def added(self) -> list[Rule]:
+        """The rules that it writes."""
+        return [op.rule for block in self.blocks for op in block.ops if isinstance(op, Add)]
+
+
+def plan_all(
+    wanted: Iterable[Rule],
+    held: Mapping[ChainKey, Sequence[Line] | None],
+    tag: Callable[[Rule], str],
+) -> Plan:
+    """Return what makes the kernel hold exactly ``wanted`` of ours.
+
+    ``held`` lists every chain of ours, every kernel chain that may hold a rule of ours, and the operator's; None is a
+    chain that is not there. ``tag`` gives the comment that a rule bears.
+    """
+    by_chain: dict[ChainKey, list[Rule]] = {}
+    for rule in wanted:
+        by_chain.setdefault((rule.table, rule.chain), []).append(rule)
+    draft = _Draft()
+    for key, lines in held.items():
+        rules = by_chain.get(key, [])
+        if key == (Table.FILTER, USER_CHAIN):
+            jumped_to = any(rule.target == Jump(USER_CHAIN) for rules in by_chain.values() for rule in rules)
+            draft.create[key[0]] += [New(USER_CHAIN)] if lines is None and jumped_to else []
+        elif key[1] in BUILT_IN:
+            draft.kernel_chain(key, rules, lines or (), tag)
+        else:
+            draft.own_chain(key, sorted(rules, key=lambda r: (r.rank, tag(r))), lines, tag)
+    ranks = {key: Counter(rule.rank for rule in by_chain.get(key, ())) for key in held}
+    return Plan(draft.blocks(), ranks)
+
+
+def plan_change(difference: Difference, ranks: Ranks) -> Plan:
+    """Return what a difference takes in chains that hold what ``ranks`` says, at the cost of the difference."""
+    draft = _Draft()
+    after = {key: Counter(ranks.get(key, {})) for key in {(r.table, r.chain) for r in difference.added}}
+    for rule in difference.added:
+        key = (rule.table, rule.chain)
+        position: int | None = 1 if rule.place in (Place.FIRST, Place.EARLY) else None
+        if rule.place is Place.OWN:
+            before = sum(count for rank, count in after[key].items() if rank <= rule.rank)
+            position = None if before == sum(after[key].values()) else before + 1
+            after[key][rule.rank] += 1
+        draft.add[rule.table].append(Add(rule, position))
+    for rule in difference.removed:
+        key = (rule.table, rule.chain)
+        draft.remove[rule.table].append(Remove(rule.chain, rule))
+        if rule.place is Place.OWN:
+            after.setdefault(key, Counter(ranks.get(key, {})))[rule.rank] -= 1
+    return Plan(draft.blocks(), {**ranks, **after})
+
+
+#: The kernel's own chains.
+BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+
+#: Jumps in FORWARD that mean that somebody decides there what pods may get: kube-proxy's, and policy agents'.
+POLICY_AGENTS = ("KUBE-", "cali-", "CILIUM_", "ANTREA-", "WEAVE-NPC")
+#: Jumps that may stand before one of ours: they want the top as well, and do no harm there.
+NEIGHBOURS = (*POLICY_AGENTS, "CNI-", "FLANNEL-")
+
+
+class _Draft:
+    """The operations of a plan by table, until they are put in order."""
+
+    def __init__(self) -> None:
+        self.create: dict[Table, list[Op]] = {table: [] for table in Table}
+        self.replace: dict[Table, list[Op]] = {table: [] for table in Table}  # misplaced: to be added again at once
+        self.add: dict[Table, list[Op]] = {table: [] for table in Table}
+        self.remove: dict[Table, list[Op]] = {table: [] for table in Table}
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Put the operations in the order that keeps every translated packet accepted."""
+        early = {table: [*self.create[table], *self.replace[table], *self.add[table]] for table in Table}
+        ordered = [
+            (Table.RAW, early[Table.RAW]),
+            (Table.FILTER, early[Table.FILTER]),
+            (Table.NAT, [*early[Table.NAT], *self.remove[Table.NAT]]),
+            (Table.FILTER, self.remove[Table.FILTER]),
+            (Table.RAW, self.remove[Table.RAW]),
+        ]
+        return tuple(Block(table, tuple(ops)) for table, ops in ordered if ops)
+
+    def own_chain(
+        self, key: ChainKey, wanted: Sequence[Rule], lines: Sequence[Line] | None, tag: Callable[[Rule], str]
+    ) -> None:
+        table, chain = key
+        rank_of = {tag(rule): rule.rank for rule in wanted}
+        kept = [line.tag for line in lines or () if line.tag in rank_of]
+        in_order = all(rank_of[a] <= rank_of[b] for a, b in pairwise(kept) if a and b)
+        if lines is None or not in_order or len(set(kept)) != len(kept):
+            if wanted:
+                self.create[table].append(New(chain) if lines is None else Empty(chain))
+                self.add[table] += [Add(rule, None) for rule in wanted]
+            return
+        self.remove[table] += [Remove(chain, line) for line in lines if line.tag not in rank_of]
+        there, added = set(kept), 0
+        ends: dict[int, int] = {}  # by rank: how many lines there are up to the last kept one that is not above it
+        for index, line in enumerate(lines):
+            if line.tag in rank_of:
+                ends[rank_of[line.tag]] = index + 1
+        for rule in wanted:
+            if tag(rule) in there:
+                continue
+            end = max((end for rank, end in ends.items() if rank <= rule.rank), default=0)
+            self.add[table].append(Add(rule, None if end == len(lines) else end + added + 1))
+            added += 1
+
+    def kernel_chain(
+        self, key: ChainKey, wanted: Sequence[Rule], lines: Sequence[Line], tag: Callable[[Rule], str]
+    ) -> None:
+        table, chain = key
+        policed = any(line.tag is None and line.target.startswith(POLICY_AGENTS) for line in lines)
+        places = {tag(rule): _resolved(rule.place, policed) for rule in wanted}
+        first = [rule for rule in wanted if places[tag(rule)] is Place.FIRST]
+        rest = [rule for rule in wanted if places[tag(rule)] is not Place.FIRST]
+        position = 1
+        for rule in (*first, *rest):
+            its, place = tag(rule), places[tag(rule)]
+            found = [index for index, line in enumerate(lines) if line.tag == its]
+            if len(found) == 1 and _well_placed(place, found[0], position, lines):
+                position += place is not Place.LAST
+                continue
+            self.replace[table] += [Remove(chain, lines[index]) for index in found]
+            self.add[table].append(Add(rule, None if place is Place.LAST else position))
+            position += place is not Place.LAST
+        self.remove[table] += [Remove(chain, line) for line in lines if line.tag is not None and line.tag not in places]
+
+
+def _resolved(place: Place, policed: bool) -> Place:
+    if place is Place.POLICY:
+        return Place.LAST if policed else Place.FIRST
+    return place
+
+
+def _well_placed(place: Place, index: int, position: int, lines: Sequence[Line]) -> bool:
+    """Whether the rule at ``index`` stands where ``place`` wants it; ``position`` counts from 1 what is to be first."""
+    if place is Place.FIRST:
+        return index == position - 1
+    others = lines[:index] if place is Place.EARLY else lines[index + 1 :]
+    if place is Place.EARLY:
+        return all(line.tag is not None or line.target.startswith(NEIGHBOURS) for line in others)
+    return not any(line.tag is None and line.target.startswith(NEIGHBOURS) for line in others)
+
+
+def plan_removal(held: Mapping[ChainKey, Sequence[Line]]) -> tuple[Plan, Plan]:
+    """Return what takes every rule of ours out of ``held``: all chains of the tables nat, filter and raw.
+
+    The second plan takes away the guard of 127.0.0.0/8, for after route_localnet was put back. A chain is ours where it
+    holds a rule of ours; it stays, without our rules, where somebody else put a rule into it or jumps to it. The
+    operator's chain goes only where it is empty and nobody but us jumps to it.
+    """
+    plans: dict[Table, list[Op]] = {table: [] for table in Table}
+    for table in Table:
+        chains = {chain: lines for (its, chain), lines in held.items() if its is table}
+        used = {line.target for lines in chains.values() for line in lines if line.tag is None}
+        whole: list[Op] = []
+        for chain, lines in chains.items():
+            ours = [line for line in lines if line.tag is not None]
+            if chain == USER_CHAIN and not lines and chain not in used and _jumps(chains, chain):
+                whole.append(Delete(chain))
+            elif ours and chain not in BUILT_IN and len(ours) == len(lines):
+                whole.append(Delete(chain, whole=chain not in used))
+            else:
+                plans[table] += [Remove(chain, line) for line in ours]
+        # Chains are emptied first and deleted after: they jump to one another.
+        plans[table] += [Delete(op.chain, whole=False) for op in whole if isinstance(op, Delete)]
+        plans[table] += [op for op in whole if isinstance(op, Delete) and op.whole]
+    first = [Block(table, tuple(plans[table])) for table in (Table.NAT, Table.FILTER) if plans[table]]
+    guard = [Block(Table.RAW, tuple(plans[Table.RAW]))] if plans[Table.RAW] else []
+    return Plan(tuple(first)), Plan(tuple(guard))
+
+
+def _jumps(chains: Mapping[str, Sequence[Line]], chain: str) -> bool:
+    """Whether a rule of ours jumps to ``chain``."""
+    return any(line.tag is not None and line.target == chain for lines in chains.values() for line in lines)

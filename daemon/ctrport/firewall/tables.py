@@ -1,0 +1,113 @@
+"""The iptables way to keep rules: tables and chains, whichever program or library reaches them.
+
+``Tables`` is the one ``Firewall`` for all of them; what differs between backends is a ``Kernel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from ..model import Family
+from ..rules import USER_CHAIN, Difference, Layout, LocalnetRecord, Rule, Table
+from . import FirewallError, ForeignChain
+from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal
+from .text import listing, owner, saved, tag
+
+
+class Kernel(Protocol):
+    """How the tables of one family are reached. Raises ``FirewallError``."""
+
+    name: str
+    family: Family
+
+    async def chain(self, table: Table, chain: str) -> list[str] | None:
+        """Return one chain as ``iptables -S CHAIN`` prints it, a line an item; None where there is no such chain."""
+        ...
+
+    async def table(self, table: Table) -> str:
+        """Return a whole table as ``iptables-save -t TABLE`` prints it."""
+        ...
+
+    async def restore(self, plan: Plan) -> None:
+        """Commit a plan's blocks one by one, in order; an error leaves those before it committed."""
+        ...
+
+
+class Tables:
+    """Keeps rules in the chains of ``layout``. Implements ``Firewall``."""
+
+    def __init__(self, kernel: Kernel, layout: Layout) -> None:
+        self.name = kernel.name
+        self._kernel = kernel
+        self._layout = layout
+        self._held: dict[ChainKey, list[Line] | None] | None = None
+        self._ranks: Ranks | None = None
+
+    async def read(self) -> None:
+        """See ``Firewall.read``. Lists a chain at a time: the cost does not depend on what others have."""
+        keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
+        held: dict[ChainKey, list[Line] | None] = {}
+        for table, chain in keys:
+            lines = await self._kernel.chain(table, chain)
+            held[table, chain] = None if lines is None else listing(lines)
+        self._refuse_foreign(held)
+        self._held, self._ranks = held, None
+
+    @property
+    def localnet_records(self) -> tuple[LocalnetRecord, ...]:
+        """See ``Firewall.localnet_records``."""
+        return _localnet_records(self._held or {})
+
+    def plan(self, wanted: Iterable[Rule]) -> Plan:
+        """See ``Firewall.plan``."""
+        if self._held is None:
+            raise FirewallError("what the kernel holds has not been read")
+        return plan_all(wanted, self._held, tag)
+
+    def plan_change(self, difference: Difference) -> Plan:
+        """See ``Firewall.plan_change``."""
+        if self._ranks is None:
+            raise FirewallError("no whole plan has been applied yet")
+        return plan_change(difference, self._ranks)
+
+    async def apply(self, plan: Plan) -> None:
+        """See ``Firewall.apply``."""
+        self._held, self._ranks = None, None
+        if plan:
+            await self._kernel.restore(plan)
+        self._ranks = plan.ranks
+
+    async def plan_removal(self) -> tuple[Plan, Plan]:
+        """See ``Firewall.plan_removal``. Lists whole tables: our chains may have any name."""
+        held: dict[ChainKey, list[Line] | None] = {}
+        for table in Table:
+            chains = saved(await self._kernel.table(table))
+            held.update({(table, chain): lines for chain, lines in chains.items()})
+        self._held = held
+        return plan_removal({key: lines for key, lines in held.items() if lines is not None})
+
+    def _refuse_foreign(self, held: dict[ChainKey, list[Line] | None]) -> None:
+        """Raise ``ForeignChain`` where a chain of our name is somebody else's.
+
+        It is where it holds a rule without our tag, or where it is empty and others jump to it: a running dockerd's
+        DOCKER may hold nothing. An empty one that nobody uses is what a flush left of ours.
+        """
+        for table, chain in self._layout.own_chains:
+            lines = held[table, chain]
+            foreign = next((line for line in lines or () if line.tag is None), None)
+            if foreign is None and lines == []:
+                kernel = [held[key] or [] for key in self._layout.kernel_chains if key[0] is table]
+                jumps = (line for lines in kernel for line in lines)
+                foreign = next((line for line in jumps if line.tag is None and line.target == chain), None)
+            if foreign is not None:
+                raise ForeignChain(
+                    f"the chain {chain} of the table {table} is somebody else's ({foreign.text!r}): "
+                    "it is left alone. Set firewall.chain to another name, such as CTRPORT"
+                )
+
+
+def _localnet_records(held: dict[ChainKey, list[Line] | None]) -> tuple[LocalnetRecord, ...]:
+    tags = (line.tag for lines in held.values() for line in lines or () if line.tag is not None)
+    records = (LocalnetRecord.parse(owner(its)) for its in tags)
+    return tuple(record for record in records if record is not None)

@@ -1,0 +1,273 @@
+"""The values that pass from room to room, frozen and free of I/O.
+
+The words are those of the field, one meaning each: *container* (a containerd container with a running task, in a
+containerd *namespace*), *endpoint* (where it is reached), *mapping* (one parsed ``-p``), *declaration* (a selector
+and the mappings it asks for), *publication* (one mapping of one container, with its state).
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+#: containerd's own pattern for namespaces and container ids, at most 76 characters (containerd, pkg/identifiers).
+IDENTIFIER = re.compile(r"[A-Za-z0-9]+(?:[._-](?:[A-Za-z0-9]+))*")
+IDENTIFIER_MAX = 76
+
+#: What the kernel takes as the name of a network device: at most 15 bytes, no "/" and no white space (dev_valid_name);
+#: narrowed here to what is safe as rule text.
+DEVICE_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
+
+
+def is_identifier(text: str) -> bool:
+    """Whether containerd would take ``text`` as the name of a namespace or container."""
+    return len(text) <= IDENTIFIER_MAX and IDENTIFIER.fullmatch(text) is not None
+
+
+class Family(enum.Enum):
+    """An address family; its value is the IP version."""
+
+    IPV4 = 4
+    IPV6 = 6
+
+    @classmethod
+    def of(cls, address: Address | Network) -> Family:
+        """Return the family an address or network belongs to."""
+        return cls(address.version)
+
+
+class Protocol(str, enum.Enum):
+    """A transport protocol that has ports, by the name that ``-p`` and iptables use."""
+
+    TCP = "tcp"
+    UDP = "udp"
+    SCTP = "sctp"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, order=True)
+class PortRange:
+    """Ports ``first`` to ``last``, both included, each from 1 to 65535."""
+
+    first: int
+    last: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.last <= 65535:
+            raise ValueError(f"not a range of ports: {self.first}-{self.last}")
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.last + 1))
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+    def overlaps(self, other: PortRange) -> bool:
+        """Whether some port is in both."""
+        return self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """One parsed ``-p``: ``[host_ip:][host_ports:]container_ports[/protocol]``.
+
+    ``host_ip`` None means every address of the node, in each family that the container has.
+    ``host_ports`` None asks for a free port. Where both ranges are given they are equally long, but for a pool: several
+    host ports for one container port, of which one free port is taken.
+    """
+
+    host_ip: Address | None
+    host_ports: PortRange | None
+    container_ports: PortRange
+    protocol: Protocol
+
+    def __str__(self) -> str:
+        host_ip = ""
+        if self.host_ip is not None:
+            host_ip = f"[{self.host_ip}]:" if self.host_ip.version == 6 else f"{self.host_ip}:"
+        host_ports = f"{self.host_ports}:" if self.host_ports is not None else (":" if host_ip else "")
+        return f"{host_ip}{host_ports}{self.container_ports}/{self.protocol}"
+
+    @property
+    def any_host_ip(self) -> bool:
+        """Whether it is bound to no address in particular: without a host IP, or on 0.0.0.0 or [::]."""
+        return self.host_ip is None or self.host_ip.is_unspecified
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """The families it can serve: both, unless its host IP is of one."""
+        return (Family.IPV4, Family.IPV6) if self.host_ip is None else (Family.of(self.host_ip),)
+
+    def overlaps(self, other: Mapping) -> bool:
+        """Whether both want the same host port, as the kernel's bind(2) would judge it.
+
+        A wildcard address overlaps with every address of its family, and no host IP with both families.
+        """
+        if self.protocol is not other.protocol or self.host_ports is None or other.host_ports is None:
+            return False
+        if not self.host_ports.overlaps(other.host_ports):
+            return False
+        if not set(self.families) & set(other.families):
+            return False
+        return self.any_host_ip or other.any_host_ip or self.host_ip == other.host_ip
+
+
+@dataclass(frozen=True, order=True)
+class ContainerKey:
+    """What names a container on a node: its containerd namespace and its id in there."""
+
+    namespace: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.id}"
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container with a running or paused task.
+
+    ``pid`` is its init process as the daemon's own PID namespace counts it. ``started`` is when that process began, in
+    clock ticks since boot (field 22 of /proc/PID/stat, proc(5)): who is first gets a contested port.
+    """
+
+    key: ContainerKey
+    pid: int
+    started: int
+    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Where the host reaches a container in one family.
+
+    ``device`` is the host's: the container's own veth, or the bridge that veth is a port of. ``subnet`` is what shares
+    the link with the container: the device's on-link prefix, else the container's own address.
+    """
+
+    address: Address
+    device: str
+    subnet: Network
+
+    def __post_init__(self) -> None:
+        if DEVICE_NAME.fullmatch(self.device) is None:
+            raise ValueError(f"not a device name that can be part of a rule: {self.device!r}")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a container is reached: at most one attachment a family, at least one in all."""
+
+    attachments: tuple[Attachment, ...]
+
+    def at(self, family: Family) -> Attachment | None:
+        """Return the attachment of that family, or None where the container has none."""
+        return next((a for a in self.attachments if Family.of(a.address) is family), None)
+
+
+class State(str, enum.Enum):
+    """What became of a publication.
+
+    ACTIVE: the kernel has its rules. WAITING: something it needs is not there yet. CONFLICT: another holds the host
+    port. REFUSED: not allowed. UNSUPPORTED: cannot be done, here or at all.
+    """
+
+    ACTIVE = "active"
+    WAITING = "waiting"
+    CONFLICT = "conflict"
+    REFUSED = "refused"
+    UNSUPPORTED = "unsupported"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why a container has no endpoint: the state this puts its publications in, and one sentence for people."""
+
+    state: State
+    reason: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A container, and where it is reached or why it is not."""
+
+    container: Container
+    endpoint: Endpoint | Obstacle
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which containers a declaration is for. Every condition given must hold; None or empty is no condition.
+
+    ``namespace`` and ``container`` are shell globs over the whole name, case-sensitive; labels must be equal.
+    """
+
+    namespace: str | None = None
+    container: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def matches(self, container: Container) -> bool:
+        """Whether ``container`` is one of those meant."""
+        if self.namespace is not None and not fnmatchcase(container.key.namespace, self.namespace):
+            return False
+        if self.container is not None and not fnmatchcase(container.key.id, self.container):
+            return False
+        return all(container.labels.get(key) == value for key, value in self.labels)
+
+    def __str__(self) -> str:
+        parts = [f"namespace={self.namespace}"] if self.namespace is not None else []
+        parts += [f"container={self.container}"] if self.container is not None else []
+        parts += [f"label {key}={value}" for key, value in self.labels]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """A selector and the mappings it asks for. ``source`` says where it was written, as ``file:line``."""
+
+    selector: Selector
+    mappings: tuple[Mapping, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One mapping of one container, with its state.
+
+    ``container`` is None where a declaration matches no container. ``attachments`` are those that the mapping serves,
+    one a family, and empty unless the state is ACTIVE. ``reason`` is one sentence, empty when ACTIVE.
+    """
+
+    mapping: Mapping
+    source: str
+    container: ContainerKey | None
+    state: State
+    reason: str = ""
+    attachments: tuple[Attachment, ...] = ()
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What of the node itself decides over publications.
+
+    ``forwarding`` holds the families in which the node forwards packets; ``addresses`` are the node's own.
+    """
+
+    forwarding: frozenset[Family]
+    addresses: frozenset[Address]

@@ -1,0 +1,224 @@
+"""The loop that joins the rooms: events say where to look, what is seen decides, and the kernel follows.
+
+Subscribe first, then list: what happens in between is in both. An event carries no truth, it only names a container to
+look at again, so a lost, doubled or late one costs time and nothing else. Events that come while a change is being
+written are taken together in the next: a burst is a few transactions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from . import __version__, systemd
+from .config import Config
+from .containerd import Containerd, ContainerdError, TaskEvent
+from .dataplane import Dataplane
+from .firewall import FirewallError
+from .model import ContainerKey, Publication, State
+from .publish import Change
+from .status import PublicationStatus, Status, shown
+from .survey import Survey
+
+log = logging.getLogger(__name__)
+
+#: Seconds between looks at what sends no event: the node's own settings, containers without an endpoint, and whether
+#: containerd still answers.
+TICK = 10.0
+#: Every so many ticks everything is listed again, and the kernel is read.
+TICKS_TO_RESYNC = 6
+#: Seconds until a write that failed is tried again.
+RETRY = 1.0
+
+
+class Reconciler:
+    """Keeps the publications of one node, and the kernel in line with them.
+
+    ``on_change`` is called whenever what it has to say of itself may have changed; ``status`` says it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        containerd: Containerd,
+        survey: Survey,
+        dataplane: Dataplane,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._containerd = containerd
+        self._survey = survey
+        self._dataplane = dataplane
+        self._on_change = on_change
+        self._dirty: dict[ContainerKey, float] = {}  # when the first event came that it was not looked at for
+        self._wake = asyncio.Event()
+        self._retry_at = 0.0
+        self._since: dict[tuple[str, str], datetime] = {}
+        self._containerd_state = "not connected"
+        self._problem = ""  # why the kernel is not in line; empty where it is
+        self._events = 0
+
+    async def run(self) -> None:
+        """Keep the node in line until cancelled.
+
+        Raises ``FirewallError`` where this node's tables cannot be ours, and ``containerd.Refused`` where it may not
+        so much as connect.
+        """
+        await self._dataplane.start()
+        while True:
+            self._on_change()
+            await self._containerd.connected()
+            try:
+                async with self._containerd.events() as events:
+                    self._containerd_state = f"connected, version {await self._containerd.version()}"
+                    reader = asyncio.create_task(self._read(events))
+                    try:
+                        await self._follow(reader)
+                    finally:
+                        reader.cancel()
+                        await asyncio.gather(reader, return_exceptions=True)
+            except ContainerdError as error:
+                self._containerd_state = f"lost: {error}"
+                log.warning("%s; rules stay as they are until it answers again", error)
+                systemd.notify("STATUS=containerd is lost; rules stay as they are")
+                self._on_change()
+                await asyncio.sleep(RETRY)
+
+    async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
+        try:
+            async for event in events:
+                if self._config.watches(event.key.namespace):
+                    self._events += 1
+                    self._dirty.setdefault(event.key, time.monotonic())
+                    self._wake.set()
+        finally:
+            self._wake.set()
+
+    async def _follow(self, reader: asyncio.Task[None]) -> None:
+        """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
+        await self._survey.everything()
+        await self._settle(mend=True)
+        total = len(self._survey.publications)
+        log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
+        systemd.notify("READY=1", f"STATUS={self._summary()}")
+        ticks = 0
+        while not reader.done():
+            if await self._woken(TICK if self._dataplane.in_line else RETRY):
+                dirty, self._dirty = self._dirty, {}
+                await self._survey.look(dirty)
+                await self._settle(since=min(dirty.values(), default=None))
+            elif self._dataplane.in_line:
+                ticks += 1
+                await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
+            if not self._dataplane.in_line and time.monotonic() >= self._retry_at:
+                await self._settle(mend=True)
+        await reader
+
+    async def _woken(self, timeout: float) -> bool:
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        self._wake.clear()
+        return True
+
+    async def _tick(self, everything: bool) -> None:
+        await self._containerd.version()  # the event stream of a containerd that hangs is silent, and says no error
+        self._survey.node()
+        if everything:
+            await self._survey.everything()
+        else:
+            await self._survey.what_may_heal()
+        await self._settle(mend=everything)
+
+    async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
+        """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
+        changes = self._survey.publications.settle()
+        try:
+            if changes:
+                await self._dataplane.follow(changes, self._survey.facts.addresses)
+            if mend:
+                restored = await self._dataplane.mend(self._survey.facts.addresses)
+                if restored and not changes:
+                    log.warning("drift: %d rules of ours were missing and are back", restored)
+        except FirewallError as error:
+            if str(error) != self._problem:
+                log.error("%s; trying again every %.0f s", error, RETRY)
+            self._problem = str(error)
+            self._retry_at = time.monotonic() + RETRY
+        else:
+            if self._problem:
+                log.info("the kernel is in line again")
+            self._problem = ""
+        for change in changes:
+            self._note(change, since)
+        if changes or mend:
+            systemd.notify(f"STATUS={self._summary()}")
+            self._on_change()
+
+    def _note(self, change: Change, since: float | None) -> None:
+        """Keep when a publication's state began, and log it."""
+        publication = change.after or change.before
+        assert publication is not None
+        key = _name(publication)
+        if change.after is None:
+            self._since.pop(key, None)
+            if publication.state is State.ACTIVE:
+                log.info("withdrawn container=%s mapping=%s", publication.container, publication.mapping)
+            return
+        if change.before is None or change.before.state is not change.after.state:
+            self._since[key] = datetime.now(timezone.utc)
+        if publication.state is State.ACTIVE:
+            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
+            where = ",".join(str(attachment.address) for attachment in publication.attachments)
+            log.info(
+                "published container=%s mapping=%s address=%s%s",
+                publication.container,
+                publication.mapping,
+                where,
+                took,
+            )
+        else:
+            level = logging.INFO if publication.container is None else logging.WARNING
+            log.log(
+                level,
+                "%s container=%s mapping=%s source=%s reason=%r",
+                *(publication.state, publication.container or "none", publication.mapping),
+                *(publication.source, publication.reason),
+            )
+
+    def _summary(self) -> str:
+        if self._problem:
+            return f"not in line: {self._problem}"
+        publications = self._survey.publications
+        return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active"
+
+    def status(self, *, running: bool) -> Status:
+        """Return what there is to say now."""
+        return Status(
+            version=__version__,
+            running=running,
+            pid=os.getpid(),
+            updated=shown(datetime.now(timezone.utc)),
+            containerd=self._containerd_state,
+            firewall=self._problem or "in line",
+            events=self._events,
+            transactions=self._dataplane.transactions,
+            publications=[self._shown(publication) for publication in self._survey.publications],
+        )
+
+    def _shown(self, publication: Publication) -> PublicationStatus:
+        since = self._since.get(_name(publication))
+        if self._problem and publication.state is State.ACTIVE:
+            # It was decided, and may not be in the kernel.
+            publication = replace(publication, state=State.WAITING, reason=self._problem)
+        return PublicationStatus.of(publication, shown(since) if since else "")
+
+
+def _name(publication: Publication) -> tuple[str, str]:
+    return (str(publication.container or publication.source), str(publication.mapping))

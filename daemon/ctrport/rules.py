@@ -1,0 +1,362 @@
+"""What the kernel should hold: publications -> chains and rules, whatever program writes them there.
+
+Pure. A rule is data with typed fields, never text; each backend renders it in its own language. ``skeleton`` is what is
+there as long as ctrport is, ``rules_for`` what one publication adds. Rules that several publications need (those of a
+device, the guard of 127.0.0.0/8) are equal values: ``Ruleset`` counts who asks for each and says when the first comes
+and the last leaves.
+
+Chain names are API: an operator's scripts and the next release know them. Changing one needs a clean-up of the old.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Network, IPv6Network, ip_network
+
+from .model import Address, Attachment, Family, Network, PortRange, Protocol, Publication
+
+USER_CHAIN = "DOCKER-USER"  # the operator's, under dockerd's name for it whatever ours are called
+
+LOCALHOST4 = IPv4Network("127.0.0.0/8")
+LOCALHOST6 = IPv6Network("::1/128")
+LINK_LOCAL6 = IPv6Network("fe80::/10")
+
+
+class Table(str, enum.Enum):
+    """The iptables tables that hold rules of ours."""
+
+    RAW = "raw"
+    NAT = "nat"
+    FILTER = "filter"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Place(enum.Enum):
+    """Where a rule stands in its chain.
+
+    OWN: in a chain of ours, ordered by rank. The others are for the few rules we put into kernel chains. FIRST: before
+    all others. EARLY: before all but known neighbours' jumps, who want the top too. LAST: behind those jumps. POLICY:
+    first, but last where kube-proxy or a policy agent has a jump of its own, so that it is asked first.
+    """
+
+    OWN = "own"
+    FIRST = "first"
+    EARLY = "early"
+    LAST = "last"
+    POLICY = "policy"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target without parameters: ACCEPT, DROP, RETURN or MASQUERADE."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Jump:
+    """Go on in another chain of the same table."""
+
+    chain: str
+
+
+@dataclass(frozen=True)
+class Dnat:
+    """Send the packet to ``address``; ``port`` None keeps the port it came to."""
+
+    address: Address
+    port: int | None
+
+
+Target = Verdict | Jump | Dnat | None  # None: the rule only marks the chain as ours
+
+ACCEPT, DROP, MASQUERADE = Verdict("ACCEPT"), Verdict("DROP"), Verdict("MASQUERADE")
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a packet must be like: every field that is given must hold. ``not_`` fields must not."""
+
+    source: Network | None = None
+    not_source: Network | None = None
+    destination: Network | None = None
+    not_destination: Network | None = None
+    in_device: str | None = None
+    not_in_device: str | None = None
+    out_device: str | None = None
+    protocol: Protocol | None = None
+    ports: PortRange | None = None  # the destination ports as the packet has them now
+    to_local: bool = False  # the destination is an address of the node
+    established: bool = False  # the flow's state is RELATED or ESTABLISHED
+    translated: bool = False  # the flow's destination was translated (DNAT), by us or by another
+    original_ports: PortRange | None = None  # the destination ports before translation
+    original_destination: Address | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule. ``owner`` says whose it is, in words that end up in its comment.
+
+    ``rank`` orders a chain of ours: lower ranks first; rules of one rank never match the same packet, or do not mind
+    who is first.
+    """
+
+    family: Family
+    table: Table
+    chain: str
+    match: Match
+    target: Target
+    owner: str
+    rank: int = 0
+    place: Place = Place.OWN
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of the config shapes the rules: the chain everything is named after, and what it is to do."""
+
+    chain: str = "DOCKER"
+    position: Place = Place.POLICY
+    localhost: bool = True
+
+    @property
+    def forward(self) -> str:
+        """The name of the chain that FORWARD jumps to."""
+        return f"{self.chain}-FORWARD"
+
+    @property
+    def postrouting(self) -> str:
+        """The name of the chain that POSTROUTING jumps to."""
+        return f"{self.chain}-POSTROUTING"
+
+    @property
+    def own_chains(self) -> tuple[tuple[Table, str], ...]:
+        """Every chain that is ours alone, by table."""
+        return (
+            (Table.NAT, self.chain),
+            (Table.NAT, self.postrouting),
+            (Table.FILTER, self.chain),
+            (Table.FILTER, self.forward),
+        )
+
+    @property
+    def kernel_chains(self) -> tuple[tuple[Table, str], ...]:
+        """The kernel's chains that hold a rule of ours."""
+        return (
+            (Table.RAW, "PREROUTING"),
+            (Table.NAT, "PREROUTING"),
+            (Table.NAT, "OUTPUT"),
+            (Table.NAT, "POSTROUTING"),
+            (Table.FILTER, "FORWARD"),
+        )
+
+
+def skeleton(layout: Layout, family: Family) -> tuple[Rule, ...]:
+    """Return the rules that stand as long as ctrport does: our chains' marks, and the jumps to them.
+
+    A marked chain is known as ours even when it is otherwise empty.
+    """
+    nat, chain, forward = Table.NAT, layout.chain, layout.forward
+    marks = [
+        Rule(family, table, name, Match(), None, "chain", rank=_MARK)
+        for table, name in layout.own_chains
+        if name != forward
+    ]
+    # Without localhost a node's own packets to 127.0.0.1 must not be translated: they could not come back.
+    # Under IPv6 they never can: ::1 is not routed (and a client that is refused there goes on to 127.0.0.1).
+    inbound = Match(to_local=True, not_destination=LOCALHOST4 if family is Family.IPV4 else LOCALHOST6)
+    outbound = Match(to_local=True) if family is Family.IPV4 and layout.localhost else inbound
+    jumps = [
+        Rule(family, nat, "PREROUTING", inbound, Jump(chain), "jump", place=Place.LAST),
+        Rule(family, nat, "OUTPUT", outbound, Jump(chain), "jump", place=Place.LAST),
+        # Before CNI's: its ipMasq accepts what stays in the subnet, so a hairpin flow would keep its source.
+        Rule(family, nat, "POSTROUTING", Match(), Jump(layout.postrouting), "jump", place=Place.EARLY),
+        Rule(family, Table.FILTER, "FORWARD", Match(), Jump(USER_CHAIN), "jump", place=Place.FIRST),
+        Rule(family, Table.FILTER, "FORWARD", Match(), Jump(forward), "jump", place=layout.position),
+        Rule(family, Table.FILTER, forward, Match(translated=True), Jump(chain), "new flows", rank=_NEW_FLOWS),
+    ]
+    return (*marks, *jumps)
+
+
+#: Ranks. In DOCKER (nat): host addresses before wildcards. In DOCKER-FORWARD: flows that are known before new ones.
+_MARK, _HOST_ADDRESS, _ANY_ADDRESS = 0, 10, 20
+_KNOWN_FLOWS, _NEW_FLOWS = 10, 20
+
+
+@dataclass(frozen=True)
+class LocalnetRecord:
+    """Who switched ``route_localnet`` on for ``device``: ctrport itself (``ours``), or somebody before it.
+
+    It is kept in the comment of the rule that needs it, so that it is put back by whoever removes that rule last.
+    """
+
+    device: str
+    ours: bool
+
+    @property
+    def owner(self) -> str:
+        """The record as the owner of a rule."""
+        return f"device {self.device} route_localnet={'set' if self.ours else 'found'}"
+
+    @classmethod
+    def parse(cls, owner: str) -> LocalnetRecord | None:
+        """Return the record that ``owner`` is, or None where it is something else."""
+        match owner.split(" "):
+            case ["device", device, ("route_localnet=set" | "route_localnet=found") as how]:
+                return cls(device, how.endswith("=set"))
+        return None
+
+
+def needs_localnet(publication: Publication, layout: Layout) -> str | None:
+    """Return the device that needs route_localnet for this publication to be reached at 127.0.0.1, if one does."""
+    mapping = publication.mapping
+    if not layout.localhost or not (mapping.any_host_ip or (mapping.host_ip and mapping.host_ip.is_loopback)):
+        return None
+    return next((a.device for a in publication.attachments if a.address.version == 4), None)
+
+
+def rules_for(publication: Publication, layout: Layout, *, localnet_ours: bool = True) -> tuple[Rule, ...]:
+    """Return the rules of one publication; none unless it is active.
+
+    ``localnet_ours`` is what ``LocalnetRecord`` is to say of the device, where it needs one.
+    """
+    rules: list[Rule] = []
+    for attachment in publication.attachments:
+        rules += _nat(publication, attachment, layout)
+        rules += _filter(publication, attachment, layout)
+    device = needs_localnet(publication, layout)
+    if device is not None:
+        rules += _localhost(LocalnetRecord(device, localnet_ours), layout)
+    return tuple(rules)
+
+
+def owner_of(publication: Publication) -> str:
+    """Return the words that name a publication in the comment of its rules: ``namespace/id mapping``."""
+    return f"{publication.container} {publication.mapping}"
+
+
+def _host_ip(publication: Publication) -> Address | None:
+    return None if publication.mapping.any_host_ip else publication.mapping.host_ip
+
+
+def _nat(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
+    mapping, host_ip = publication.mapping, _host_ip(publication)
+    assert mapping.host_ports is not None  # an active publication has them
+    family = Family.of(attachment.address)
+    match = Match(
+        not_source=LINK_LOCAL6 if family is Family.IPV6 else None,
+        destination=None if host_ip is None else ip_network(host_ip),
+        protocol=mapping.protocol,
+        ports=mapping.host_ports,
+    )
+    rule = Rule(
+        family,
+        Table.NAT,
+        layout.chain,
+        match,
+        Dnat(attachment.address, mapping.container_ports.first),
+        owner_of(publication),
+        rank=_ANY_ADDRESS if host_ip is None else _HOST_ADDRESS,
+    )
+    if len(mapping.host_ports) == 1:
+        yield rule
+    elif mapping.host_ports == mapping.container_ports:
+        yield replace(rule, target=Dnat(attachment.address, None))
+    else:
+        # A rule a port: of a shifted range (a-b/base) the kernel takes the neighbour's port when a tuple clashes.
+        for host_port, port in zip(mapping.host_ports, mapping.container_ports, strict=True):
+            one = replace(match, ports=PortRange(host_port, host_port))
+            yield replace(rule, match=one, target=Dnat(attachment.address, port))
+    if host_ip is None or not host_ip.is_loopback:
+        hairpin = replace(_translated_to(publication, attachment), source=attachment.subnet, original_destination=None)
+        yield Rule(family, Table.NAT, layout.postrouting, hairpin, MASQUERADE, owner_of(publication), rank=10)
+
+
+def _filter(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
+    host_ip = _host_ip(publication)
+    if host_ip is not None and host_ip.is_loopback:
+        return  # reached from the host alone, whose packets are not forwarded
+    family, device = Family.of(attachment.address), attachment.device
+    for known in (Match(out_device=device), Match(in_device=device)):
+        match = replace(known, established=True, translated=True)
+        owner = f"device {device}"
+        yield Rule(family, Table.FILTER, layout.forward, match, ACCEPT, owner, rank=_KNOWN_FLOWS)
+    match = _translated_to(publication, attachment)
+    yield Rule(family, Table.FILTER, layout.chain, match, ACCEPT, owner_of(publication), rank=10)
+
+
+def _translated_to(publication: Publication, attachment: Attachment) -> Match:
+    """Match the flows that the publication's own DNAT sent to the container, and nobody else's.
+
+    The original port keeps us out of what kube-proxy translated to the same container.
+    """
+    return Match(
+        destination=ip_network(attachment.address),
+        protocol=publication.mapping.protocol,
+        ports=publication.mapping.container_ports,
+        translated=True,
+        original_ports=publication.mapping.host_ports,
+        original_destination=_host_ip(publication),
+    )
+
+
+def _localhost(record: LocalnetRecord, layout: Layout) -> Iterator[Rule]:
+    """What 127.0.0.1 needs under IPv4: a source the container can answer to, and a guard.
+
+    route_localnet lets the device's side route 127.0.0.0/8 to us; the guard drops what does (CVE-2020-8558).
+    """
+    v4 = Family.IPV4
+    for guarded in (Match(destination=LOCALHOST4), Match(source=LOCALHOST4)):
+        match = replace(guarded, not_in_device="lo")
+        yield Rule(v4, Table.RAW, "PREROUTING", match, DROP, "localhost guard", place=Place.EARLY)
+    match = Match(source=LOCALHOST4, out_device=record.device)
+    yield Rule(v4, Table.NAT, layout.postrouting, match, MASQUERADE, record.owner, rank=10)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Rules that came and rules that went."""
+
+    added: tuple[Rule, ...]
+    removed: tuple[Rule, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed)
+
+
+class Ruleset:
+    """The rules that the kernel should hold, each as long as somebody asks for it."""
+
+    def __init__(self, rules: Iterable[Rule] = ()) -> None:
+        self._asked = Counter(rules)
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self._asked)
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def __contains__(self, rule: object) -> bool:
+        return rule in self._asked
+
+    def replace(self, old: Iterable[Rule], new: Iterable[Rule]) -> Difference:
+        """Stop asking for ``old``, ask for ``new``, and return what this changed."""
+        touched = Counter(new)
+        touched.subtract(Counter(old))
+        added, removed = [], []
+        for rule, by in touched.items():
+            had = self._asked[rule]
+            if had + by < 0:
+                raise ValueError(f"nobody asked for this rule: {rule}")
+            if had + by == 0:
+                del self._asked[rule]
+                removed += [rule] if had else []
+            else:
+                self._asked[rule] = had + by
+                added += [] if had else [rule]
+        return Difference(tuple(added), tuple(removed))

@@ -1,0 +1,107 @@
+"""The daemon: puts the rooms together, lets them run until it is told to end, and leaves the rules as asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from pathlib import Path
+
+from . import __version__, status, systemd
+from .config import Config
+from .containerd import Containerd
+from .dataplane import Dataplane, remove_everything
+from .endpoints import Endpoints
+from .firewall import Firewall, FirewallError
+from .firewall.detect import detect
+from .firewall.iptables_nft import NftCommands
+from .firewall.tables import Tables
+from .model import Family
+from .reconcile import Reconciler
+from .rules import Layout, Place
+from .survey import Survey
+
+log = logging.getLogger(__name__)
+
+#: The families that are served.
+FAMILIES = (Family.IPV4,)
+#: Seconds between two writes of the status file at the least.
+STATUS_PAUSE = 0.2
+
+_POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
+
+
+def layout(config: Config) -> Layout:
+    """Return what the config makes of the rules."""
+    firewall = config.firewall
+    return Layout(firewall.chain, _POSITIONS[firewall.position], firewall.localhost)
+
+
+def firewalls(its: Layout) -> dict[Family, Firewall]:
+    """Return what writes the rules of each family that is served."""
+    return {family: Tables(NftCommands(family), its) for family in FAMILIES}
+
+
+async def run(config: Config, directory: Path) -> None:
+    """Run until SIGTERM or SIGINT; ``directory`` is the run directory, whose lock the caller holds.
+
+    Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
+    """
+    log.info("ctrport %s: %d declarations", __version__, len(config.publish))
+    if config.firewall.backend == "auto":
+        log.info("backend iptables-nft: %s", await detect())
+    end = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end.set)
+    its = firewalls(layout(config))
+    changed = asyncio.Event()
+    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+        survey = Survey(config, containerd, endpoints)
+        reconciler = Reconciler(config, containerd, survey, Dataplane(its, layout(config)), changed.set)
+        tasks = [
+            asyncio.create_task(reconciler.run()),
+            asyncio.create_task(_keep_reporting(reconciler, directory, changed)),
+        ]
+        ended = asyncio.create_task(end.wait())
+        await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
+        systemd.notify("STOPPING=1")
+        failed = next((task.exception() for task in tasks if task.done()), None)
+        for task in (*tasks, ended):
+            task.cancel()
+        await asyncio.gather(*tasks, ended, return_exceptions=True)
+    if failed is not None:
+        raise failed
+    await _leave(config, its)
+    with contextlib.suppress(OSError):
+        status.write(directory, reconciler.status(running=False))
+
+
+async def _leave(config: Config, its: dict[Family, Firewall]) -> None:
+    """Keep or remove the rules, as ``firewall.on_stop`` says."""
+    if config.firewall.on_stop == "keep":
+        log.info("ended; the rules stay (firewall.on_stop: keep)")
+        return
+    for firewall in its.values():
+        try:
+            await remove_everything(firewall)
+        except FirewallError as error:
+            log.error("%s; `ctrport clean` removes them", error)
+            return
+    log.info("ended; the rules are removed (firewall.on_stop: remove)")
+
+
+async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyncio.Event) -> None:
+    """Write the status file when there is something new, however often, but not more often than it is worth."""
+    complaint = ""
+    while True:
+        await changed.wait()
+        changed.clear()
+        try:
+            status.write(directory, reconciler.status(running=True))
+            complaint = ""
+        except OSError as error:
+            if str(error) != complaint:
+                log.warning("the status file cannot be written: %s", error)
+            complaint = str(error)
+        await asyncio.sleep(STATUS_PAUSE)

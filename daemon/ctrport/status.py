@@ -1,0 +1,135 @@
+"""What the daemon says of itself: ``status.json`` in the run directory, and the lock that says that it runs.
+
+The file is written whole and renamed into place, so a reader sees one state or the next. Nothing reads it back but the
+commands: the kernel holds the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .model import Publication
+
+DEFAULT_DIRECTORY = "/run/ctrport"
+
+
+class AlreadyRunning(Exception):
+    """Another daemon holds the lock of this run directory."""
+
+
+@dataclass(frozen=True)
+class PublicationStatus:
+    """One publication, for people and programs. ``since`` is when its state began, as ISO 8601 in UTC."""
+
+    namespace: str
+    container: str
+    mapping: str
+    addresses: list[str]
+    state: str
+    reason: str
+    source: str
+    since: str
+
+    @classmethod
+    def of(cls, publication: Publication, since: str) -> PublicationStatus:
+        """Return a publication as it is shown."""
+        return cls(
+            namespace=publication.container.namespace if publication.container else "",
+            container=publication.container.id if publication.container else "",
+            mapping=str(publication.mapping),
+            addresses=[str(attachment.address) for attachment in publication.attachments],
+            state=str(publication.state),
+            reason=publication.reason,
+            source=publication.source,
+            since=since,
+        )
+
+
+@dataclass(frozen=True)
+class Status:
+    """All that the daemon says: of itself, and of each publication. Times are ISO 8601 in UTC."""
+
+    version: str
+    running: bool
+    pid: int
+    updated: str
+    containerd: str
+    firewall: str
+    events: int = 0
+    transactions: int = 0
+    publications: list[PublicationStatus] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """Return it as one JSON object; keys and their meaning are API."""
+        return json.dumps(asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Status:
+        """Read what ``to_json`` wrote. Raises ``ValueError`` for anything else."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            publications = [PublicationStatus(**each) for each in fields.pop("publications")]
+            return cls(**fields, publications=publications)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a status file of this version: {error}") from error
+
+
+def shown(moment: datetime) -> str:
+    """Return a time as it is shown: ISO 8601, to the second."""
+    return moment.isoformat(timespec="seconds")
+
+
+def write(directory: Path, status: Status) -> None:
+    """Put ``status.json`` in place. Raises ``OSError``."""
+    path = directory / "status.json"
+    new = path.with_suffix(".new")
+    new.write_text(status.to_json())
+    new.replace(path)
+
+
+def read(directory: Path) -> Status | None:
+    """Return what the daemon last said, or None where it said nothing that can be read."""
+    try:
+        return Status.from_json((directory / "status.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def only_one(directory: Path) -> Iterator[None]:
+    """Hold the run directory's lock. Raises ``AlreadyRunning`` or ``OSError``; the lock ends with the process."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with open(directory / "lock", "a+", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AlreadyRunning(f"ctrport runs already ({_holder(directory)}, run directory {directory})") from error
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a daemon holds the run directory's lock."""
+    try:
+        with open(directory / "lock", encoding="ascii") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _holder(directory: Path) -> str:
+    pid = (directory / "lock").read_text(encoding="ascii").strip()
+    return f"pid {pid}" if pid else "just starting"
