@@ -152,7 +152,6 @@ class Containerd:
     def __init__(self, address: str) -> None:
         """``address`` is the path of containerd's unix socket; it need not be there yet."""
         self.address = address
-        self._readying: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Containerd:
         channel = grpc.aio.insecure_channel(f"unix:{quote(self.address)}", options=CHANNEL_OPTIONS)
@@ -187,13 +186,11 @@ class Containerd:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._channel.close()
-        if self._readying is not None:
-            await asyncio.gather(self._readying, return_exceptions=True)
 
     async def connected(self) -> None:
         """Wait, for as long as it takes, until containerd answers.
 
-        Costs next to nothing while it waits: the channel looks for the socket every two seconds. Raises Refused where
+        Costs next to nothing while it waits: the socket is tried every two seconds at most. Raises Refused where
         waiting cannot help.
         """
         pause, longest = RETRY_PAUSES
@@ -209,18 +206,14 @@ class Containerd:
                 if told:
                     log.info("containerd %s answers at %s", version, self.address)
                 return
-            # The pause is for a channel that is ready and a containerd that fails each call at once.
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, longest)
-            # A failed call costs gRPC memory that it never gives back (grpc/grpc#38499); waiting here does not.
-            await self._ready()
-
-    async def _ready(self) -> None:
-        # Cancelled, gRPC's watch over the channel would live on and wake a loop that is closed by then. So it is not
-        # cancelled: the next to wait shares it, and the closing of the channel ends it.
-        if self._readying is None or self._readying.done():
-            self._readying = asyncio.ensure_future(self._channel.channel_ready())
-        await asyncio.shield(self._readying)
+            # Not called again until there is a connection: a failed call costs gRPC memory that it never gives back
+            # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled, lives
+            # on and wakes an event loop that is closed by then.
+            while True:
+                await asyncio.sleep(pause)
+                if self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
+                    break
+            pause = min(2 * pause, longest)  # for a containerd that takes the connection and fails each call at once
 
     async def version(self) -> str:
         """Return containerd's version; also the probe: fails at once when it is dead, else within PROBE_DEADLINE."""

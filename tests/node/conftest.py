@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from embedded.node import Node, missing
+from tests.node.daemon import Ctrport
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,3 +28,9 @@ def node() -> Iterator[Node]:
         node.start_containerd()
         node.add_network("docker0")
         yield node
+
+
+@pytest.fixture
+def ctrport(node: Node) -> Ctrport:
+    """ctrport on that node, not started yet."""
+    return Ctrport(node)

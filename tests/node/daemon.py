@@ -1,0 +1,103 @@
+"""ctrport itself on a node: the real command in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from embedded.node import Node
+from embedded.wait import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Ctrport:
+    """The daemon of one node, and its commands. Not started until ``start``."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.config = node.directory / "config.yaml"
+        self.log = node.directory / "ctrport.log"
+        self._process: subprocess.Popen[str] | None = None
+
+    def configure(self, text: str) -> None:
+        """Write the configuration."""
+        self.config.write_text(text)
+
+    def start(self, *options: str, wait: bool = True) -> None:
+        """Start the daemon; ``wait`` until it has been all round once."""
+        with self.log.open("a") as log:
+            argv = self._argv("run", "--config", str(self.config), *options)
+            self._process = self.node.spawn(*argv, env=self._environment(), stderr=log)
+        if wait:
+            eventually(self.in_line, what="the daemon being in line")
+
+    def in_line(self) -> bool:
+        """Whether the running daemon says that it is connected and the kernel in line."""
+        assert self._process is not None
+        assert self._process.poll() is None or not self.messages, self.messages
+        status = self.status()
+        connected = str(status["containerd"]).startswith("connected")
+        return bool(status["running"]) and connected and status["firewall"] == "in line"
+
+    @property
+    def messages(self) -> str:
+        """What it has logged so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty enough to be falsy where there is none yet."""
+        path = self.node.path("/run/ctrport/status.json")
+        if not path.exists():
+            return {"running": False, "containerd": "", "firewall": "", "publications": []}
+        status: dict[str, Any] = json.loads(path.read_text())
+        return status
+
+    def publication(self, mapping: str, container: str | None = None) -> dict[str, Any]:
+        """What it says of a mapping: raises AssertionError where it says nothing."""
+        found = [p for p in self.status()["publications"] if p["mapping"] == mapping]
+        found = [p for p in found if container is None or p["container"] == container]
+        assert len(found) == 1, f"{mapping} of {container}: {self.status()['publications']}"
+        return dict(found[0])
+
+    def wait_for(self, mapping: str, state: str, container: str | None = None, *, within: float = 10) -> dict[str, Any]:
+        """Wait until a mapping is in that state, and return what is said of it."""
+
+        def reached() -> dict[str, Any] | None:
+            publication = self.publication(mapping, container)
+            assert publication["state"] == state, publication
+            return publication
+
+        found = eventually(reached, within=within, what=f"{mapping} of {container or 'any'} being {state}")
+        assert found is not None
+        return found
+
+    def run(self, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> Any:
+        """Run a command of ctrport's on the node."""
+        return self.node.run(*self._argv(*arguments), check=check, env={**self._environment(), **(env or {})})
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, *, within: float = 5) -> int:
+        """End the daemon, and return its exit status."""
+        assert self._process is not None
+        self._process.send_signal(number)
+        status = self._process.wait(within)
+        self._process = None
+        return status
+
+    def wait(self, within: float = 10) -> int:
+        """Wait for the daemon to end by itself, and return its exit status."""
+        assert self._process is not None
+        return self._process.wait(within)
+
+    @staticmethod
+    def _argv(*arguments: str) -> list[str]:
+        return [sys.executable, "-m", "ctrport", *arguments]
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1"}
