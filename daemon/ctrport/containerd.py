@@ -51,6 +51,8 @@ from ctrport.api import (
 from ctrport.model import ContainerKey, is_identifier
 
 log = logging.getLogger(__name__)
+# Its Python side logs a traceback for what it also reports, and at debug level a line for each call.
+logging.getLogger("grpc").setLevel(logging.CRITICAL)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -207,8 +209,8 @@ class Containerd:
                     log.info("containerd %s answers at %s", version, self.address)
                 return
             # Not called again until there is a connection: a failed call costs gRPC memory that it never gives back
-            # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled, lives
-            # on and wakes an event loop that is closed by then.
+            # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled,
+            # lives on and wakes an event loop that is closed by then.
             while True:
                 await asyncio.sleep(pause)
                 if self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:

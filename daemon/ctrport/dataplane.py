@@ -33,8 +33,7 @@ log = logging.getLogger(__name__)
 class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
-    ``node`` in its methods are the node's own addresses. After an error the kernel is not known to be in line
-    (``in_line`` is False) until ``mend`` succeeds. ``transactions`` counts the plans that were written.
+    After an error, and at first, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts the plans that were written.
     """
 
     def __init__(self, firewalls: Mapping[Family, Firewall], layout: Layout) -> None:
@@ -43,7 +42,8 @@ class Dataplane:
         self._wanted = Ruleset(rule for family in firewalls for rule in skeleton(layout, family))
         self._active: dict[str, Publication] = {}
         self._localnet_ours: dict[str, bool] = {}
-        self._conntrack_complaint = ""
+        self._touched: list[Opened | Closed] = []
+        self._complaint = ""
         self.in_line = False
         self.transactions = 0
 
@@ -54,27 +54,24 @@ class Dataplane:
             for record in firewall.localnet_records:
                 self._localnet_ours[record.device] = record.ours
 
-    async def follow(self, changes: Sequence[Change], node: Collection[Address]) -> None:
-        """Make the kernel hold what changed, in one transaction a family. Raises ``FirewallError``."""
-        difference, touched = self._take_in(changes)
-        if not self.in_line:
-            await self.mend(node)
-            await self._drop_stale(touched, node)
-            return
-        if not difference:
-            return
-        self.in_line = False
-        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
-        leaving = [record for record in _records(difference.removed) if record.ours]
-        await self._write(plans, leaving, _records(difference.added))
-        self.in_line = True
-        await self._drop_stale(touched, node)
+    async def follow(self, changes: Sequence[Change], *, mend: bool = False) -> int:
+        """Make the kernel hold what changed, in one transaction a family, and return how many rules that added.
 
-    async def mend(self, node: Collection[Address]) -> int:
-        """Read what the kernel holds, write what it lacks, and return how many rules that were.
-
+        With ``mend``, and after an error, what the kernel holds is read first, and whatever it lacks is written.
         Raises ``FirewallError``.
         """
+        difference = self._take_in(changes)
+        if mend or not self.in_line:
+            return await self._mend()
+        if difference:
+            self.in_line = False
+            plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
+            leaving = [record for record in _records(difference.removed) if record.ours]
+            await self._write(plans, leaving, _records(difference.added))
+            self.in_line = True
+        return len(difference.added)
+
+    async def _mend(self) -> int:
         self.in_line = False
         plans = []
         left_over: dict[str, LocalnetRecord] = {}
@@ -88,8 +85,25 @@ class Dataplane:
         await self._write(plans, leaving, [record for record in wanted if not localnet.is_on(record.device)])
         self.in_line = True
         restored = {rule.owner for _, plan in plans for rule in plan.added}
-        await self._drop_stale(_opened(self._active[owner] for owner in restored if owner in self._active), node)
+        self._touched += _opened(self._active[owner] for owner in restored if owner in self._active)
         return sum(len(plan.added) for _, plan in plans)
+
+    async def drop_stale_flows(self, node: Collection[Address]) -> None:
+        """Remove the flows that what was written made stale. ``node`` are the node's own addresses.
+
+        Where it fails it says so once; the rules are right all the same.
+        """
+        touched, self._touched = self._touched, []
+        if not touched:
+            return
+        try:
+            await conntrack.drop_stale(touched, node)
+        except ConntrackError as error:
+            if str(error) != self._complaint:
+                log.warning("%s", error)
+            self._complaint = str(error)
+        else:
+            self._complaint = ""
 
     async def _write(
         self, plans: Sequence[tuple[Firewall, Plan]], off: Sequence[LocalnetRecord], on: Sequence[LocalnetRecord]
@@ -102,25 +116,24 @@ class Dataplane:
         for record in on:
             localnet.switch(record.device, True)
 
-    def _take_in(self, changes: Sequence[Change]) -> tuple[Difference, list[Opened | Closed]]:
-        """Change what is wanted, and return what this makes different in rules and in flows."""
+    def _take_in(self, changes: Sequence[Change]) -> Difference:
+        """Change what is wanted, note whose flows this touches, and return what it makes different."""
         old: list[Rule] = []
         new: list[Rule] = []
-        touched: list[Opened | Closed] = []
         for before in (change.before for change in changes):
             if before is not None and before.attachments:
                 old += self._rules(before)
                 self._active.pop(owner_of(before))
-                touched += (Closed(before.mapping, attachment) for attachment in before.attachments)
+                self._touched += (Closed(before.mapping, attachment) for attachment in before.attachments)
         for after in (change.after for change in changes):
             if after is not None and after.attachments:
                 new += self._rules(after)
                 self._active[owner_of(after)] = after
-                touched += _opened([after])
+                self._touched += _opened([after])
         difference = self._wanted.replace(old, new)
         for record in _records(difference.removed):
             del self._localnet_ours[record.device]
-        return difference, touched
+        return difference
 
     def _rules(self, publication: Publication) -> tuple[Rule, ...]:
         device = needs_localnet(publication, self._layout)
@@ -128,18 +141,6 @@ class Dataplane:
             return rules_for(publication, self._layout)
         ours = self._localnet_ours.setdefault(device, not localnet.is_on(device))
         return rules_for(publication, self._layout, localnet_ours=ours)
-
-    async def _drop_stale(self, touched: Sequence[Opened | Closed], node: Collection[Address]) -> None:
-        if not touched:
-            return
-        try:
-            await conntrack.drop_stale(touched, node)
-        except ConntrackError as error:
-            if str(error) != self._conntrack_complaint:
-                log.warning("%s", error)
-            self._conntrack_complaint = str(error)
-        else:
-            self._conntrack_complaint = ""
 
 
 async def remove_everything(firewall: Firewall) -> bool:

@@ -66,8 +66,8 @@ def _split_protocol(text: str) -> tuple[str, Protocol]:
         return ports, Protocol.TCP
     if len(rest) > 1:
         raise PortSpecError(f"{quoted(text)} has more than one '/'; expected {GRAMMAR}")
-    # Looked up, not upper-cased: some letters outside ASCII have an ASCII letter as their other case.
-    protocol = _PROTOCOLS.get(rest[0].lower()) if rest[0].isascii() else None
+    # Not casefold(), nor upper(): they would take a long s for an s.
+    protocol = _PROTOCOLS.get(rest[0].lower())
     if protocol is None:
         given = f"has the protocol {quoted(rest[0])}" if rest[0] else "has no protocol after the '/'"
         raise PortSpecError(f"{quoted(text)} {given}; expected tcp, udp or sctp")

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 TICK = 10.0
 #: Every so many ticks everything is listed again, and the kernel is read.
 TICKS_TO_RESYNC = 6
-#: Seconds until a write that failed is tried again.
+#: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
 
 
@@ -57,7 +57,7 @@ class Reconciler:
         self._on_change = on_change
         self._dirty: dict[ContainerKey, float] = {}  # when the first event came that it was not looked at for
         self._wake = asyncio.Event()
-        self._retry_at = 0.0
+        self._retry_at, self._retry_after = 0.0, RETRY
         self._since: dict[tuple[str, str], datetime] = {}
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
@@ -106,22 +106,23 @@ class Reconciler:
         total = len(self._survey.publications)
         log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
         systemd.notify("READY=1", f"STATUS={self._summary()}")
-        ticks = 0
+        ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
-            if await self._woken(TICK if self._dataplane.in_line else RETRY):
+            if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):
                 dirty, self._dirty = self._dirty, {}
                 await self._survey.look(dirty)
                 await self._settle(since=min(dirty.values(), default=None))
-            elif self._dataplane.in_line:
-                ticks += 1
+            elif time.monotonic() >= next_tick:
+                ticks, next_tick = ticks + 1, time.monotonic() + TICK
                 await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
-            if not self._dataplane.in_line and time.monotonic() >= self._retry_at:
-                await self._settle(mend=True)
+            else:
+                await self._settle()
         await reader
 
-    async def _woken(self, timeout: float) -> bool:
+    async def _woken(self, until: float) -> bool:
+        """Wait for an event; False where none came until then, by the monotonic clock."""
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout)
+            await asyncio.wait_for(self._wake.wait(), max(0.0, until - time.monotonic()))
         except asyncio.TimeoutError:
             return False
         self._wake.clear()
@@ -139,27 +140,33 @@ class Reconciler:
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         changes = self._survey.publications.settle()
-        try:
-            if changes:
-                await self._dataplane.follow(changes, self._survey.facts.addresses)
-            if mend:
-                restored = await self._dataplane.mend(self._survey.facts.addresses)
-                if restored and not changes:
-                    log.warning("drift: %d rules of ours were missing and are back", restored)
-        except FirewallError as error:
-            if str(error) != self._problem:
-                log.error("%s; trying again every %.0f s", error, RETRY)
-            self._problem = str(error)
-            self._retry_at = time.monotonic() + RETRY
-        else:
-            if self._problem:
-                log.info("the kernel is in line again")
-            self._problem = ""
+        was_in_line = self._dataplane.in_line
+        if changes or mend or (not was_in_line and time.monotonic() >= self._retry_at):
+            try:
+                added = await self._dataplane.follow(changes, mend=mend)
+            except FirewallError as error:
+                self._failed(error)
+            else:
+                if mend and was_in_line and added and not changes:
+                    log.warning("drift: %d rules of ours were missing and are back", added)
+                if self._problem:
+                    log.info("the kernel is in line again")
+                self._problem, self._retry_after = "", RETRY
         for change in changes:
             self._note(change, since)
-        if changes or mend:
+        if changes or mend or self._dataplane.in_line != was_in_line:
             systemd.notify(f"STATUS={self._summary()}")
             self._on_change()
+        if self._dataplane.in_line:
+            await self._dataplane.drop_stale_flows(self._survey.facts.addresses)
+
+    def _failed(self, error: FirewallError) -> None:
+        """Say once what went wrong, and when to try again: later each time."""
+        if str(error) != self._problem:
+            log.error("%s; trying again until it works", error)
+        self._problem = str(error)
+        self._retry_at = time.monotonic() + self._retry_after
+        self._retry_after = min(2 * self._retry_after, TICK)
 
     def _note(self, change: Change, since: float | None) -> None:
         """Keep when a publication's state began, and log it."""
@@ -206,7 +213,7 @@ class Reconciler:
             pid=os.getpid(),
             updated=shown(datetime.now(timezone.utc)),
             containerd=self._containerd_state,
-            firewall=self._problem or "in line",
+            firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
             publications=[self._shown(publication) for publication in self._survey.publications],
