@@ -89,11 +89,13 @@ def check(path: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
 def ps(path: str, directory: Path, as_json: bool) -> None:
     """Show what is published, and why the rest is not."""
-    current = status.read(directory) if status.is_running(directory) else None
+    running = status.is_running(directory)
+    current = status.read(directory) if running else None
     if current is None or not current.running:
-        _as_root("ps, while the daemon is down,")
+        _as_root("ps, while no daemon answers,")
         current = _without_daemon(_load(path), directory)
-        click.echo("the daemon is down; this is what can be seen without it", err=True)
+        what = "the daemon is only just starting" if running else "the daemon is down"
+        click.echo(f"{what}; this is what can be seen without it", err=True)
     if as_json:
         click.echo(current.to_json())
     else:

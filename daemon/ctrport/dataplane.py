@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
-    After an error, and at first, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts the plans that were written.
+    At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
+    the plans that were written.
     """
 
     def __init__(self, firewalls: Mapping[Family, Firewall], layout: Layout) -> None:

@@ -314,6 +314,7 @@ BAD_YAML = {
     "publish: *" + "a" * 500: ["f:1:10: this is not YAML: found undefined alias '" + "a" * 177],
     "&a a: &a b": ["f:1:7: second occurrence of an anchor; expected each to be defined once"],
     'a: "\\U00110000"': ["f:1:7: this is not YAML: a number is out of range"],
+    'a: "\\UFFFFFFFF"': ["f:1:7: this is not YAML: a number is out of range"],
     "%YAML 1." + "9" * 5000 + "\n--- {}": ["f:1:9: this is not YAML: a number is out of range"],
     "a: b\0": ["f:1:5: the character U+0000 cannot stand in YAML; expected printable text"],
     "a:\r\n  \x1b[2J": ["f:2:3: the character U+001B cannot stand in YAML; expected printable text"],
@@ -516,6 +517,11 @@ def test_mappings_of_different_entries_may_claim_one_host_port() -> None:
 def test_ports_are_checked_in_an_entry_that_is_wrong_elsewhere() -> None:
     text = 'publish: [{match: 1, prots: 2, ports: ["80", "80:80", "80:80"]}]'
     assert [problem.split(":")[2] for problem in problems(text)] == ["19", "22", "40", "55"]
+
+
+def test_a_list_of_bad_items_is_not_called_empty() -> None:
+    (problem,) = problems("publish: [{match: {container: a}, ports: [~]}]")
+    assert problem.startswith("f:1:43: an entry of `publish[].ports` is empty; expected ")
 
 
 def test_every_place_of_the_schema_says_what_is_expected() -> None:
