@@ -1,9 +1,6 @@
 """The configuration file: YAML text in, `Config` out, or every problem of the file at once.
 
 It owns the schema, its defaults and the sentences that say what is wrong. Reading the file is the caller's.
-
-YAML is read as a tree of nodes in which every scalar stays the text that was written: the usual loading turns an
-unquoted ``22:22`` into 1342, ``on`` into true, and lets the last of two equal keys win in silence.
 """
 
 from __future__ import annotations
@@ -14,15 +11,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
 from pydantic import Field as Constraint
-from yaml.composer import ComposerError
-from yaml.reader import ReaderError
 
-from ctrport import ports
-from ctrport.model import Declaration, Family, Mapping, Protocol, Selector, is_identifier
-from ctrport.ports import PortSpecError, quoted
+from . import ports
+from .document import NOTHING, REPORTED, Absent, Document, Location
+from .model import Declaration, Family, Mapping, Protocol, Selector, is_identifier
+from .ports import PortSpecError, quoted
 
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
 
@@ -227,9 +222,9 @@ def parse(text: str, name: str) -> Config:
     Raises `ConfigError` with every problem there is. Past an error in the YAML itself nothing
     can be known, so there it is the last. An empty file is a configuration: all defaults, nothing published.
     """
-    document = _Document(text)
+    document = Document(text)
     file = _File()
-    if not isinstance(document.content, _Absent):
+    if not isinstance(document.content, Absent):
         try:
             file = _SCHEMA.validate_python(document.content)
         except ValidationError as error:
@@ -249,7 +244,7 @@ def parse(text: str, name: str) -> Config:
 # The mappings of an entry, and what this version cannot do with them.
 
 
-def _publish(document: _Document) -> list[list[Mapping]]:
+def _publish(document: Document) -> list[list[Mapping]]:
     """Return the mappings of each entry, and report those that cannot be used.
 
     It looks at the content as it came, since in an entry that is wrong elsewhere the ports are to be checked too.
@@ -263,7 +258,7 @@ def _publish(document: _Document) -> list[list[Mapping]]:
     return mappings
 
 
-def _mappings(document: _Document, entry: int, specs: list[object]) -> list[Mapping]:
+def _mappings(document: Document, entry: int, specs: list[object]) -> list[Mapping]:
     mappings = []
     # Who claims a port, so that ten thousand mappings are not each compared with all the others.
     claims: dict[tuple[Protocol, int], list[tuple[Mapping, str, int]]] = {}
@@ -306,16 +301,14 @@ def _unsupported(mapping: Mapping) -> str | None:
 
 # From pydantic's errors to sentences.
 
-_Location = tuple[int | str, ...]
 
-
-def _report(document: _Document, kind: str, location: _Location, value: object, context: dict[str, Any]) -> None:
+def _report(document: Document, kind: str, location: Location, value: object, context: dict[str, Any]) -> None:
     """Add what pydantic found wrong at ``location`` to the faults of the document, in our words."""
     place, shown = _place(location)
     if kind == "unexpected_keyword_argument":
         parent, shown = _place(location[:-1])
         document.fault(document.position(location, key=True), _unknown(parent, shown, str(location[-1])))
-    elif value is _REPORTED or (kind == "too_short" and value):
+    elif value is REPORTED or (kind == "too_short" and value):
         # As to the second: pydantic counts only the items that are good, and reports each of the others for itself.
         return
     elif kind == "missing":
@@ -324,14 +317,14 @@ def _report(document: _Document, kind: str, location: _Location, value: object, 
         document.fault(
             document.position(location[:-1], key=True), "a label has no name; expected one, such as app in {app: web}"
         )
-    elif value is _NOTHING:
+    elif value is NOTHING:
         document.fault(document.position(location, key=True), f"{shown} is empty; expected {_EXPECTED[place]}")
     else:
         fault = f"{shown} is {_given(value)}{context.get('error', '')}; expected {_EXPECTED[place]}"
         document.fault(document.position(location), fault)
 
 
-def _place(location: _Location) -> tuple[str, str]:
+def _place(location: Location) -> tuple[str, str]:
     """Return the place in the schema, a key of `_EXPECTED`, and what to call it."""
     place = ""
     for step in location:
@@ -360,170 +353,3 @@ def _given(value: object) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     return "a mapping"
-
-
-# The YAML itself.
-
-#: The schema needs 6 levels; more would only exhaust the stack.
-_DEPTH_MAX = 32
-
-#: How many nodes the aliases of a file may stand for, beside those that are written out: ten lines can make billions.
-_ALIASED_MAX = 10_000
-
-_SYNTAX_MAX = 200
-
-
-class _Absent:
-    """What stands in the content in the place of a value; not an Enum, whose text pydantic would take for it."""
-
-
-#: A null: nothing was written, or YAML's word for nothing.
-_NOTHING = _Absent()
-
-#: Something that was reported when it was read.
-_REPORTED = _Absent()
-
-
-class _Loader(yaml.SafeLoader):
-    """A composer that keeps the stack shallow and notes the tags, which a node no longer tells from implied ones."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.tags: list[tuple[yaml.Mark, str]] = []
-        self._depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            self.tags.append((event.start_mark, tag))
-        self._depth += 1
-        if self._depth > _DEPTH_MAX:
-            raise ComposerError(None, None, f"nested more than {_DEPTH_MAX} levels deep", event.start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-
-class _Document:
-    """A YAML text as dictionaries, lists and the text of its scalars, with the way back to line and column.
-
-    ``content`` is `_NOTHING` where the text holds nothing; ``faults`` begins with what is wrong with the YAML.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.faults: list[tuple[int, int, str]] = []
-        self._seen: set[int] = set()
-        self._open: set[int] = set()
-        self._aliased = 0
-        self._root = self._compose(text)
-        self.content: object = _NOTHING if self._root is None else self._plain(self._root, 1)
-
-    def fault(self, position: tuple[int, int], message: str) -> None:
-        """Note what is wrong at ``position``, a line and a column."""
-        self.faults.append((*position, message))
-
-    def position(self, location: _Location, key: bool = False) -> tuple[int, int]:
-        """Return line and column of the node at ``location``, or of the key that it belongs to."""
-        node = self._root
-        mark = None if node is None else node.start_mark
-        for step in location:
-            if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
-                node = node.value[step]
-                mark = node.start_mark
-            elif isinstance(node, yaml.MappingNode):
-                name, node = next(pair for pair in node.value if pair[0].value == step)
-                mark = name.start_mark if key else node.start_mark
-        return _position(mark)
-
-    def _compose(self, text: str) -> yaml.Node | None:
-        try:
-            loader = _Loader(text)
-        except ReaderError as error:
-            lines = re.split("\r\n|[\n\r\x85\u2028\u2029]", text[: error.position])
-            character = f"the character U+{error.character:04X} cannot stand in YAML; expected printable text"
-            self.fault((len(lines), len(lines[-1]) + 1), character)
-            return None
-        root = None
-        try:
-            root = loader.get_single_node()
-        except yaml.MarkedYAMLError as error:
-            self.fault(_position(error.problem_mark), _syntax(error))
-        except (ValueError, OverflowError):
-            # PyYAML hands \\U00110000 to chr() and the digits of %YAML to int().
-            self.fault(_position(loader.get_mark()), "this is not YAML: a number is out of range")
-        finally:
-            loader.dispose()
-        for mark, tag in loader.tags:
-            tag = tag.replace("tag:yaml.org,2002:", "!!")
-            self.fault(_position(mark), f"the tag {quoted(tag)} is not taken here; expected the value without a tag")
-        return root
-
-    def _plain(self, node: yaml.Node, depth: int) -> object:
-        position = _position(node.start_mark)
-        if id(node) in self._open:
-            self.fault(position, "an alias brings this into itself; expected it to end somewhere")
-            return _REPORTED
-        if depth > _DEPTH_MAX:
-            self.fault(position, f"aliases nest this more than {_DEPTH_MAX} levels deep")
-            return _REPORTED
-        if id(node) in self._seen:
-            self._aliased += 1
-            if self._aliased == _ALIASED_MAX:
-                self.fault(position, f"the aliases of this file stand for more than {_ALIASED_MAX} values")
-            if self._aliased >= _ALIASED_MAX:
-                return _REPORTED
-        self._seen.add(id(node))
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
-        self._open.add(id(node))
-        plain: object
-        if isinstance(node, yaml.SequenceNode):
-            plain = [self._plain(item, depth + 1) for item in node.value]
-        else:
-            plain = self._mapping(node.value, depth)
-        self._open.discard(id(node))
-        return plain
-
-    def _scalar(self, node: yaml.ScalarNode) -> object:
-        if any("\ud800" <= character <= "\udfff" for character in node.value):
-            self.fault(_position(node.start_mark), "half of a surrogate pair is no character; expected text")
-            return _REPORTED
-        return _NOTHING if node.tag == "tag:yaml.org,2002:null" else node.value
-
-    def _mapping(self, pairs: list[tuple[yaml.Node, yaml.Node]], depth: int) -> dict[str, object]:
-        plain: dict[str, object] = {}
-        first: dict[str, int] = {}
-        for key, value in pairs:
-            position = _position(key.start_mark)
-            content = self._plain(value, depth + 1)
-            if not isinstance(key, yaml.ScalarNode):
-                kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
-                self.fault(position, f"a key is a {kind}; expected text")
-            elif key.tag == "tag:yaml.org,2002:merge":
-                self.fault(position, "merging with '<<' is not taken here; expected the keys written out")
-            elif key.value in first:
-                again = f"the key {quoted(key.value)} stands on line {first[key.value]} already; expected each once"
-                self.fault(position, again)
-            elif self._scalar(key) is not _REPORTED:
-                first[key.value] = position[0]
-                plain[key.value] = content
-        return plain
-
-
-def _position(mark: yaml.Mark | None) -> tuple[int, int]:
-    return (1, 1) if mark is None else (mark.line + 1, mark.column + 1)
-
-
-def _syntax(error: yaml.MarkedYAMLError) -> str:
-    problem, context = error.problem or "", error.context or ""
-    if problem == "but found another document":
-        return "a second document begins here; expected one alone"
-    if problem.startswith("found character '\\t'"):
-        return "a tab cannot indent or begin a value in YAML; expected spaces"
-    if context.startswith("found duplicate anchor"):
-        return f"{problem} of an anchor; expected each to be defined once"
-    begun = ""
-    if error.context_mark is not None and error.problem_mark is not None:
-        begun = f" that begins on line {error.context_mark.line + 1}" if context.startswith("while ") else ""
-    return f"this is not YAML: {' '.join(filter(None, (problem, context)))[:_SYNTAX_MAX]}{begun}"

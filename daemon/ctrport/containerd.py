@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -403,9 +404,10 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
     """Return the error of ours that says what gRPC reported of a call with that deadline, in seconds."""
     details = " ".join(details.split())
     if code is grpc.StatusCode.UNAVAILABLE:
-        # "failed to connect to all addresses; last error: ... error: No such file or directory"
-        reason = details.rpartition(" error: ")[2]
-        kind = Refused if reason == "Permission denied" else Unavailable
+        # gRPC gives no errno; its wording around the system's own differs from version to version.
+        texts = [os.strerror(number) for number in (errno.EACCES, errno.ENOENT, errno.ECONNREFUSED)]
+        reason = next((text for text in texts if text in details), details)
+        kind = Refused if reason == texts[0] else Unavailable
         return kind(f"containerd cannot be reached at {address}: {reason}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unresponsive(f"containerd at {address} did not answer within {round(deadline, 1):g} s")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from ipaddress import IPv4Address, IPv6Address
 
-from ctrport.model import Address, Mapping, PortRange, Protocol
+from .model import Address, Mapping, PortRange, Protocol
 
 GRAMMAR = "[hostIP:][hostPort[-end]:]containerPort[-end][/protocol]"
 

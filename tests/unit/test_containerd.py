@@ -104,7 +104,7 @@ def test_names_that_containerd_would_not_take_are_skipped(
     [
         (
             grpc.StatusCode.UNAVAILABLE,
-            "failed to connect to all addresses; last error: X: unix:/s: connect error: No such file or directory",
+            "failed to connect to all addresses; last error: UNKNOWN: unix:/s: connect: No such file or directory (2)",
             Unavailable,
             "containerd cannot be reached at /s: No such file or directory",
         ),
