@@ -333,6 +333,10 @@ class Node(Host):
 
     def close(self) -> None:
         """Remove all of it. To be called once or more."""
+        # What is frozen does not die: under cgroup v1 not even of SIGKILL.
+        for freezer in [*self._cgroups("**/freezer.state")]:
+            with contextlib.suppress(OSError):
+                freezer.write_text("THAWED")
         try:
             for container in self._containers:
                 container.close()

@@ -35,7 +35,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 
-from ctrport.api import (
+from .api import (
     containers_pb2,
     containers_pb2_grpc,
     events_pb2,
@@ -49,7 +49,7 @@ from ctrport.api import (
     version_pb2,
     version_pb2_grpc,
 )
-from ctrport.model import ContainerKey, is_identifier
+from .model import ContainerKey, is_identifier
 
 log = logging.getLogger(__name__)
 # Its Python side logs a traceback for what it also reports, and at debug level a line for each call.
