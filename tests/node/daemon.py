@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from embedded.node import Node
+from embedded.traffic import Refused, Reply, probe_tcp
 from embedded.wait import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,11 +32,11 @@ class Ctrport:
         """Write the configuration."""
         self.config.write_text(text)
 
-    def start(self, *options: str, wait: bool = True) -> None:
-        """Start the daemon; ``wait`` until it has been all round once."""
+    def start(self, *options: str, wait: bool = True, env: dict[str, str] | None = None) -> None:
+        """Start the daemon; ``wait`` until it has been all round once. ``env`` is added to its environment."""
         with self.log.open("a") as log:
             argv = self._argv("run", "--config", str(self.config), *options)
-            self._process = self.node.spawn(*argv, env=self._environment(), stderr=log)
+            self._process = self.node.spawn(*argv, env={**self._environment(), **(env or {})}, stderr=log)
         if wait:
             eventually(self.in_line, what="the daemon being in line")
 
@@ -94,6 +97,16 @@ class Ctrport:
         assert self._process is not None
         return self._process.wait(within)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop the daemon as SIGSTOP does: what happens meanwhile comes to it all at once."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
     @staticmethod
     def _argv(*arguments: str) -> list[str]:
         return [sys.executable, "-m", "ctrport", *arguments]
@@ -101,3 +114,32 @@ class Ctrport:
     @staticmethod
     def _environment() -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def publish(*entries: tuple[str, str], settings: str = "") -> str:
+    """Return a configuration: for each entry a match, as YAML in one line, and a port mapping."""
+    lines = [f'  - match: {match}\n    ports: ["{mapping}"]\n' for match, mapping in entries]
+    return f"{settings}\npublish:\n{''.join(lines)}" if entries else f"{settings}\n"
+
+
+def wait_open(node: Node, port: int, name: str | None = None, *, address: str | None = None) -> Reply:
+    """Wait until the LAN client is answered at a port of the node, by ``name`` where one is given."""
+
+    def answered() -> Reply:
+        outcome = probe_tcp(node.client, address or node.address, port, timeout=1)
+        assert isinstance(outcome, Reply), outcome
+        assert name is None or outcome.name == name, outcome
+        return outcome
+
+    return eventually(answered, what=f"port {port} being answered by {name or 'anybody'}")
+
+
+def wait_closed(node: Node, port: int) -> None:
+    """Wait until the LAN client is refused at a port of the node."""
+
+    def refused() -> bool:
+        outcome = probe_tcp(node.client, node.address, port, timeout=1)
+        assert isinstance(outcome, Refused), outcome
+        return True
+
+    eventually(refused, what=f"port {port} being refused")

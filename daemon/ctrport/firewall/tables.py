@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -47,10 +48,8 @@ class Tables:
     async def read(self) -> None:
         """See ``Firewall.read``. Lists a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
-        held: dict[ChainKey, list[Line] | None] = {}
-        for table, chain in keys:
-            lines = await self._kernel.chain(table, chain)
-            held[table, chain] = None if lines is None else listing(lines)
+        answers = await asyncio.gather(*(self._kernel.chain(table, chain) for table, chain in keys))
+        held = {key: None if lines is None else listing(lines) for key, lines in zip(keys, answers, strict=True)}
         self._refuse_foreign(held)
         self._held, self._ranks = held, None
 
