@@ -53,10 +53,8 @@ class Opened:
 
         A TCP connection to a program on the host itself is left alone: it was there first, and is not of the mapping.
         """
-        if not _to_host_port(flow, self.mapping) or flow.reply_source == self.attachment.address:
+        if not _to_host_port(flow, self.mapping, node) or flow.reply_source == self.attachment.address:
             return False
-        if not (flow.destination.is_loopback or flow.destination in node):
-            return False  # somebody's flow through the node to another host that has the same port
         return flow.translated or flow.protocol is not Protocol.TCP
 
 
@@ -69,18 +67,21 @@ class Closed:
 
     def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
         """Whether ``flow`` went through the mapping."""
-        if not _to_host_port(flow, self.mapping) or flow.reply_source != self.attachment.address:
+        if not _to_host_port(flow, self.mapping, node) or flow.reply_source != self.attachment.address:
             return False
         assert self.mapping.host_ports is not None
         offset = self.mapping.container_ports.first - self.mapping.host_ports.first
         return flow.reply_port == flow.port + offset
 
 
-def _to_host_port(flow: Flow, mapping: Mapping) -> bool:
+def _to_host_port(flow: Flow, mapping: Mapping, node: Collection[Address]) -> bool:
+    """Whether a flow was sent to a host port of the mapping: at the node, not just through it to another host."""
     ports = mapping.host_ports
     if flow.protocol is not mapping.protocol or ports is None or not ports.first <= flow.port <= ports.last:
         return False
-    return mapping.any_host_ip or flow.destination == mapping.host_ip
+    if not mapping.any_host_ip:
+        return flow.destination == mapping.host_ip
+    return flow.destination.is_loopback or flow.destination in node
 
 
 async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:

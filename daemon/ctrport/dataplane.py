@@ -23,6 +23,7 @@ from .rules import (
     Ruleset,
     needs_localnet,
     owner_of,
+    rules_at,
     rules_for,
     skeleton,
 )
@@ -41,6 +42,7 @@ class Dataplane:
         self._firewalls = dict(firewalls)
         self._layout = layout
         self._wanted = Ruleset(rule for family in firewalls for rule in skeleton(layout, family))
+        self._node: frozenset[Address] = frozenset()
         self._active: dict[str, Publication] = {}
         self._localnet_ours: dict[str, bool] = {}
         self._touched: list[Opened | Closed] = []
@@ -55,13 +57,14 @@ class Dataplane:
             for record in firewall.localnet_records:
                 self._localnet_ours[record.device] = record.ours
 
-    async def follow(self, changes: Sequence[Change], *, mend: bool = False) -> int:
+    async def follow(self, changes: Sequence[Change], node: Collection[Address], *, mend: bool = False) -> int:
         """Make the kernel hold what changed, in one transaction a family, and return how many rules that added.
 
-        With ``mend``, and after an error, what the kernel holds is read first, and whatever it lacks is written.
+        ``node`` are the node's own addresses. With ``mend``, and after an error, what the kernel holds is read first,
+        and whatever it lacks is written.
         Raises ``FirewallError``.
         """
-        difference = self._take_in(changes)
+        difference = self._take_in(changes, node)
         if mend or not self.in_line:
             return await self._mend()
         if difference:
@@ -89,8 +92,8 @@ class Dataplane:
         self._touched += _opened(self._active[owner] for owner in restored if owner in self._active)
         return sum(len(plan.added) for _, plan in plans)
 
-    async def drop_stale_flows(self, node: Collection[Address]) -> None:
-        """Remove the flows that what was written made stale. ``node`` are the node's own addresses.
+    async def drop_stale_flows(self) -> None:
+        """Remove the flows that what was written made stale.
 
         Where it fails it says so once; the rules are right all the same.
         """
@@ -98,7 +101,7 @@ class Dataplane:
         if not touched:
             return
         try:
-            await conntrack.drop_stale(touched, node)
+            await conntrack.drop_stale(touched, self._node)
         except ConntrackError as error:
             if str(error) != self._complaint:
                 log.warning("%s", error)
@@ -117,10 +120,12 @@ class Dataplane:
         for record in on:
             localnet.switch(record.device, True)
 
-    def _take_in(self, changes: Sequence[Change]) -> Difference:
+    def _take_in(self, changes: Sequence[Change], node: Collection[Address]) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
-        old: list[Rule] = []
-        new: list[Rule] = []
+        addresses = frozenset(address for address in node if Family.of(address) in self._firewalls)
+        old = [rule for address in self._node - addresses for rule in rules_at(address, self._layout)]
+        new = [rule for address in addresses - self._node for rule in rules_at(address, self._layout)]
+        self._node = addresses
         for before in (change.before for change in changes):
             if before is not None and before.attachments:
                 old += self._rules(before)

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, ip_network
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 
 from pyroute2 import AsyncIPRoute
 from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR
 
 from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, NodeFacts, Obstacle, State
 
@@ -51,6 +53,15 @@ def node_facts() -> NodeFacts:
     forwarding = _read(Path("/proc/sys/net/ipv4/ip_forward")).strip() == "1"
     addresses = frozenset[Address](local_addresses(_read(Path("/proc/self/net/fib_trie"))))
     return NodeFacts(frozenset({Family.IPV4} if forwarding else ()), addresses)
+
+
+async def node_changes() -> AsyncIterator[None]:
+    """Yield whenever an address of the node's came or went. Raises ``OSError`` where it cannot be told."""
+    async with AsyncIPRoute() as netlink:
+        await netlink.bind(groups=RTMGRP_IPV4_IFADDR)
+        while True:
+            async for _ in netlink.get():
+                yield
 
 
 _LOCAL = re.compile(r"\|-- ([0-9.]+)\n(?:\s+/\d+ .*\n)*?\s+/32 host LOCAL\n")

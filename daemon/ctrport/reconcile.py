@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 
-from . import __version__, systemd
+from . import __version__, endpoints, systemd
 from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
@@ -27,7 +27,7 @@ from .survey import Survey
 
 log = logging.getLogger(__name__)
 
-#: Seconds between looks at what sends no event: the node's own settings, containers without an endpoint, and whether
+#: Seconds between looks at what sends no event: whether the node forwards, containers without an endpoint, and whether
 #: containerd still answers.
 TICK = 10.0
 #: Every so many ticks everything is listed again, and the kernel is read.
@@ -56,6 +56,7 @@ class Reconciler:
         self._dataplane = dataplane
         self._on_change = on_change
         self._dirty: dict[ContainerKey, float] = {}  # when the first event came that it was not looked at for
+        self._node_changed = False
         self._wake = asyncio.Event()
         self._retry_at, self._retry_after = 0.0, RETRY
         self._since: dict[tuple[str, str], datetime] = {}
@@ -70,6 +71,14 @@ class Reconciler:
         so much as connect.
         """
         await self._dataplane.start()
+        watch = asyncio.create_task(self._watch_node())
+        try:
+            await self._run()
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _run(self) -> None:
         while True:
             self._on_change()
             await self._containerd.connected()
@@ -88,6 +97,14 @@ class Reconciler:
                 systemd.notify("STATUS=containerd is lost; rules stay as they are")
                 self._on_change()
                 await asyncio.sleep(RETRY)
+
+    async def _watch_node(self) -> None:
+        try:
+            async for _ in endpoints.node_changes():
+                self._node_changed = True
+                self._wake.set()
+        except OSError as error:
+            log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
 
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
@@ -109,6 +126,9 @@ class Reconciler:
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
             if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):
+                if self._node_changed:
+                    self._node_changed = False
+                    self._survey.node()
                 dirty, self._dirty = self._dirty, {}
                 await self._survey.look(dirty)
                 await self._settle(since=min(dirty.values(), default=None))
@@ -141,9 +161,9 @@ class Reconciler:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         changes = self._survey.publications.settle()
         was_in_line = self._dataplane.in_line
-        if changes or mend or (not was_in_line and time.monotonic() >= self._retry_at):
+        if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
             try:
-                added = await self._dataplane.follow(changes, mend=mend)
+                added = await self._dataplane.follow(changes, self._survey.facts.addresses, mend=mend)
             except FirewallError as error:
                 self._failed(error)
             else:
@@ -158,7 +178,7 @@ class Reconciler:
             systemd.notify(f"STATUS={self._summary()}")
             self._on_change()
         if self._dataplane.in_line:
-            await self._dataplane.drop_stale_flows(self._survey.facts.addresses)
+            await self._dataplane.drop_stale_flows()
 
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""

@@ -135,11 +135,17 @@ class Layout:
         return f"{self.chain}-POSTROUTING"
 
     @property
+    def hairpin(self) -> str:
+        """The name of the chain for flows that were sent to an address of the node's, on their way out of it."""
+        return f"{self.chain}-HAIRPIN"
+
+    @property
     def own_chains(self) -> tuple[tuple[Table, str], ...]:
         """Every chain that is ours alone, by table."""
         return (
             (Table.NAT, self.chain),
             (Table.NAT, self.postrouting),
+            (Table.NAT, self.hairpin),
             (Table.FILTER, self.chain),
             (Table.FILTER, self.forward),
         )
@@ -162,11 +168,7 @@ def skeleton(layout: Layout, family: Family) -> tuple[Rule, ...]:
     A marked chain is known as ours even when it is otherwise empty.
     """
     nat, chain, forward = Table.NAT, layout.chain, layout.forward
-    marks = [
-        Rule(family, table, name, Match(), None, "chain", rank=_MARK)
-        for table, name in layout.own_chains
-        if name != forward
-    ]
+    marks = [Rule(family, table, name, Match(), None, "chain", rank=_MARK) for table, name in layout.own_chains]
     # Without localhost a node's own packets to 127.0.0.1 must not be translated: they could not come back.
     # Under IPv6 they never can: ::1 is not routed (and a client that is refused there goes on to 127.0.0.1).
     inbound = Match(to_local=True, not_destination=LOCALHOST4 if family is Family.IPV4 else LOCALHOST6)
@@ -178,9 +180,24 @@ def skeleton(layout: Layout, family: Family) -> tuple[Rule, ...]:
         Rule(family, nat, "POSTROUTING", Match(), Jump(layout.postrouting), "jump", place=Place.EARLY),
         Rule(family, Table.FILTER, "FORWARD", Match(), Jump(USER_CHAIN), "jump", place=Place.FIRST),
         Rule(family, Table.FILTER, "FORWARD", Match(), Jump(forward), "jump", place=layout.position),
-        Rule(family, Table.FILTER, forward, Match(translated=True), Jump(chain), "new flows", rank=_NEW_FLOWS),
     ]
     return (*marks, *jumps)
+
+
+def rules_at(address: Address, layout: Layout) -> tuple[Rule, ...]:
+    """Return the rules for one address of the node's: flows that were sent to it, and were translated, may be ours.
+
+    Others translate too. The destination port alone would not do: a Service often has the number of a port that is
+    published for the same pod, and its flows must neither be let in by us nor lose their source.
+    """
+    if address.is_loopback:
+        return ()  # such flows are not forwarded, and have a source rule of their own
+    family, owner = Family.of(address), f"node {address}"
+    match = Match(translated=True, original_destination=address)
+    return (
+        Rule(family, Table.FILTER, layout.forward, match, Jump(layout.chain), owner, rank=_NEW_FLOWS),
+        Rule(family, Table.NAT, layout.postrouting, match, Jump(layout.hairpin), owner, rank=_NEW_FLOWS),
+    )
 
 
 #: Ranks. In DOCKER (nat): host addresses before wildcards. In DOCKER-FORWARD: flows that are known before new ones.
@@ -273,8 +290,8 @@ def _nat(publication: Publication, attachment: Attachment, layout: Layout) -> It
             one = replace(match, ports=PortRange(host_port, host_port))
             yield replace(rule, match=one, target=Dnat(attachment.address, port))
     if host_ip is None or not host_ip.is_loopback:
-        hairpin = replace(_translated_to(publication, attachment), source=attachment.subnet, original_destination=None)
-        yield Rule(family, Table.NAT, layout.postrouting, hairpin, MASQUERADE, owner_of(publication), rank=10)
+        hairpin = replace(_translated_to(publication, attachment), source=attachment.subnet)
+        yield Rule(family, Table.NAT, layout.hairpin, hairpin, MASQUERADE, owner_of(publication), rank=10)
 
 
 def _filter(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
@@ -293,7 +310,8 @@ def _filter(publication: Publication, attachment: Attachment, layout: Layout) ->
 def _translated_to(publication: Publication, attachment: Attachment) -> Match:
     """Match the flows that the publication's own DNAT sent to the container, and nobody else's.
 
-    The original port keeps us out of what kube-proxy translated to the same container.
+    In chains that only see flows to the node's own addresses: there a host port is ours or, kube-proxy's NodePort
+    perhaps, another's; so the original port decides.
     """
     return Match(
         destination=ip_network(attachment.address),
