@@ -96,7 +96,11 @@ class _Errand(Generic[T]):
         """Do it, and return or raise what it returned or raised."""
         thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
-        thread.join()
+        try:
+            thread.join()
+        except KeyboardInterrupt:
+            thread.join()  # what it started must be known to whoever cleans up
+            raise
         if self._error is not None:
             try:
                 raise self._error
@@ -235,7 +239,16 @@ class Place:
         self.close()
 
     def _start(self, argv: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
-        return self._inside(self._namespaces, lambda: subprocess.Popen(argv, text=True, **popen))
+        started: list[subprocess.Popen[str]] = []
+        try:
+            self._inside(self._namespaces, lambda: started.append(subprocess.Popen(argv, text=True, **popen)))
+        except KeyboardInterrupt:
+            # Nobody else would reap it, and the host's init cannot end before its last child is reaped.
+            for process in started:
+                process.kill()
+                end_process(process)
+            raise
+        return started[0]
 
     def _inside(self, namespaces: Sequence[str], work: Callable[[], T]) -> T:
         if self._closed:  # by now the pid may be another's, and its namespaces the machine's

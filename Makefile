@@ -1,0 +1,66 @@
+# Everything is done in .venv, which is made anew when pyproject.toml changes. PYTHON is the interpreter it is made with.
+PYTHON ?= python3
+CONFIG ?= /etc/ctrport/config.yaml
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# What has no I/O, and is to be covered by tests/unit alone.
+CORE := model.py ports.py document.py config.py publish.py rules.py firewall/plan.py firewall/text.py
+CORE_COVERAGE := 95
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+COMMA := ,
+CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help tools venv demo test lint unit node pythons stubs run clean
+
+help:  ## Show this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+tools:  ## Install the programs that tests and demo need (apt-get, as root), only what is missing
+	@PYTHON="$(PYTHON)" bin/install-tools
+
+venv: $(READY)  ## Build .venv with ctrport and all that its tests need
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	@touch $@
+
+demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step by step (as root)
+	@$(BIN)/python -m demo.demo
+
+test: tools lint unit node  ## Check and test everything (as root, some minutes)
+
+lint: $(READY)  ## Check style, types, import contracts and generated code
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python bin/generate-stubs --check
+
+unit: $(READY)  ## Run the tests without I/O, and see that they cover the core
+	$(BIN)/coverage run -m pytest tests/unit
+	$(BIN)/coverage report --include='$(CORE_FILES)' --skip-covered --fail-under=$(CORE_COVERAGE)
+
+node: tools $(READY)  ## Run the tests with a real containerd, a real kernel and real packets (as root)
+	$(BIN)/python -m pytest tests/node
+
+pythons:  ## Run the unit tests under every Python from 3.10 to 3.13 that is found
+	@bin/test-pythons
+
+stubs: $(READY)  ## Generate daemon/ctrport/api from proto/
+	$(BIN)/python bin/generate-stubs
+
+run: $(READY)  ## Run the daemon here, on this machine's containerd (as root): make run CONFIG=FILE
+	$(BIN)/ctrport run --config $(CONFIG)
+
+clean:  ## Remove what was built
+	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

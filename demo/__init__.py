@@ -1,0 +1,1 @@
+"""The demonstration: a real Redis, published on a node made of namespaces."""

@@ -1,0 +1,120 @@
+"""What the documentation shows is there: commands, options, configurations, files, targets, states, chains."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from ctrport import cli, config
+from ctrport.model import State
+from ctrport.rules import USER_CHAIN, Layout
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "operating.md", ROOT / "CHANGELOG.md"]
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
+
+
+def shown(page: Path) -> str:
+    """Return a page's code alone: blocks, and what stands between backticks."""
+    text = page.read_text()
+    fenced = [code for language, code in _FENCE.findall(text) if language in ("", "sh")]
+    rest = _FENCE.sub("", text)
+    return "\n".join([*fenced, *_INDENTED.findall(rest), *re.findall(r"`([^`\n]+)`", rest)])
+
+
+def command_lines(text: str, program: str) -> list[list[str]]:
+    """Return the arguments of each call of ``program``: at the start of a line, behind a path, or behind ``&&``."""
+    calls = re.findall(rf"(?:^|&& )[ ]*(?:/\S*/)?{program}(?= |$)([^\n#;|&]*)", text, re.MULTILINE)
+    return [shlex.split(re.split(r" {2,}", call.rstrip())[0]) for call in calls]
+
+
+def wrong(arguments: list[str]) -> str | None:
+    """Return what of a call of ctrport's does not exist, or None."""
+    if not arguments:
+        return None
+    name, *rest = arguments
+    command = cli.cli.commands.get(name)
+    if command is None:
+        return f"no command {name}"
+    flags = {flag: one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    while rest:
+        option = flags.get(rest.pop(0))
+        if option is None:
+            return f"{name} has no such option, and takes no arguments: {arguments}"
+        if not option.is_flag and not rest:
+            return f"{name} wants a value: {arguments}"
+        rest = rest if option.is_flag else rest[1:]
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page: Path) -> None:
+    assert [problem for call in command_lines(shown(page), "ctrport") if (problem := wrong(call))] == []
+
+
+def test_the_check_of_commands_sees_what_is_wrong() -> None:
+    calls = command_lines("x\n  ctrport publish a\nctrport ps --yaml\n/opt/bin/ctrport run --config\n", "ctrport")
+    assert [wrong(call) is not None for call in calls] == [True, True, True]
+    calls = command_lines(
+        "ctrport check && systemctl x  # y\na && ctrport ps --json | jq\nctrport run --config F", "ctrport"
+    )
+    assert [wrong(call) for call in calls] == [None, None, None]
+    assert [call[0] for call in calls] == ["check", "ps", "run"]
+
+
+def test_every_command_and_option_is_documented() -> None:
+    readme = (ROOT / "README.md").read_text() + (ROOT / "docs" / "operating.md").read_text()
+    for name, command in cli.cli.commands.items():
+        assert f"| `ctrport {name}` |" in readme
+        for option in command.params:
+            assert option.opts[0] in readme, f"{name} {option.opts[0]}"
+
+
+def test_the_unit_runs_a_command_that_exists() -> None:
+    unit = (ROOT / "systemd" / "ctrport.service").read_text()
+    [start] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    assert start.startswith("/opt/ctrport/bin/ctrport ")
+    assert wrong(start.split()[1:]) is None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configurations_are_taken(page: Path) -> None:
+    for language, code in _FENCE.findall(page.read_text()):
+        if language == "yaml":
+            config.parse(code, page.name)
+
+
+def test_the_configuration_in_the_readme_says_the_defaults() -> None:
+    everything = next(code for language, code in _FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
+    assert config.parse(everything, "README.md") == config.parse("", "")
+    for section in (config.Containerd, config.Firewall):
+        for key in section.__dataclass_fields__:
+            assert f"  {key}: " in everything
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_and_files_exist(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for call in command_lines(shown(page), "make"):
+        assert not call or call[0] in targets
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_each_state_is_explained() -> None:
+    explained = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [state for state in explained if state in set(State)] == [state.value for state in State]
+
+
+def test_each_chain_is_named() -> None:
+    rows = re.findall(r"^\| (raw|nat|filter) \| ([^|]+) \|", (ROOT / "docs" / "operating.md").read_text(), re.MULTILINE)
+    named = {(table, chain) for table, chains in rows for chain in chains.strip().split(", ")}
+    layout = Layout()
+    used = {(table.value, chain) for table, chain in (*layout.own_chains, *layout.kernel_chains)}
+    assert named == used | {("filter", USER_CHAIN)}
