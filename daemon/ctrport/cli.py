@@ -70,8 +70,10 @@ def run(path: str, directory: Path, verbose: bool) -> None:
     try:
         with status.only_one(directory):
             _await(daemon.run(config, directory))
-    except (status.AlreadyRunning, OSError) as error:
+    except status.AlreadyRunning as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"the run directory {directory} cannot be used: {error.strerror}")
 
 
 @cli.command()
@@ -80,7 +82,7 @@ def check(path: str) -> None:
     """Check a configuration, and change nothing."""
     config = _load(path)
     mappings = sum(len(declaration.mappings) for declaration in config.publish)
-    click.echo(f"{path}: in order, {len(config.publish)} declarations with {mappings} mappings")
+    click.echo(f"{path}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
 
 
 @cli.command()

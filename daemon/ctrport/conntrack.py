@@ -53,25 +53,33 @@ class Opened:
 
         A TCP connection to a program on the host itself is left alone: it was there first, and is not of the mapping.
         """
-        if not _to_host_port(flow, self.mapping, node) or flow.reply_source == self.attachment.address:
+        if not _to_host_port(flow, self.mapping, node) or _leads_to(flow, self.mapping, self.attachment):
             return False
         return flow.translated or flow.protocol is not Protocol.TCP
 
 
 @dataclass(frozen=True)
 class Closed:
-    """A mapping whose rules were taken away: no flow through it may go on."""
+    """A mapping whose rules were taken away: no flow through it may go on.
+
+    ``attachment`` is None where the rules were an earlier run's, and where they led is not known.
+    """
 
     mapping: Mapping
-    attachment: Attachment
+    attachment: Attachment | None
 
     def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
         """Whether ``flow`` went through the mapping."""
-        if not _to_host_port(flow, self.mapping, node) or flow.reply_source != self.attachment.address:
+        if not _to_host_port(flow, self.mapping, node):
             return False
-        assert self.mapping.host_ports is not None
-        offset = self.mapping.container_ports.first - self.mapping.host_ports.first
-        return flow.reply_port == flow.port + offset
+        return flow.translated if self.attachment is None else _leads_to(flow, self.mapping, self.attachment)
+
+
+def _leads_to(flow: Flow, mapping: Mapping, attachment: Attachment) -> bool:
+    """Whether a flow to a host port of the mapping goes where the mapping sends it."""
+    assert mapping.host_ports is not None
+    offset = mapping.container_ports.first - mapping.host_ports.first
+    return flow.reply_source == attachment.address and flow.reply_port == flow.port + offset
 
 
 def _to_host_port(flow: Flow, mapping: Mapping, node: Collection[Address]) -> bool:

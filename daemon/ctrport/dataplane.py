@@ -6,14 +6,18 @@ are looked at after the rules, for a packet in between would make them stale aga
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from . import conntrack, localnet
+from . import conntrack, localnet, ports
 from .conntrack import Closed, ConntrackError, Opened
-from .firewall import Firewall
+from .firewall import Firewall, FirewallError
 from .firewall.plan import Plan
+from .firewall.text import owner
 from .model import Address, Family, Publication
+from .ports import PortSpecError
 from .publish import Change
 from .rules import (
     Difference,
@@ -29,6 +33,18 @@ from .rules import (
 )
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What brings the kernel in line: plans, and the devices to switch route_localnet off for before, on for after."""
+
+    plans: Sequence[tuple[Firewall, Plan]]
+    localnet_off: Sequence[str]
+    localnet_on: Sequence[str]
+
+    def __bool__(self) -> bool:
+        return any(plan for _, plan in self.plans) or bool(self.localnet_off or self.localnet_on)
 
 
 class Dataplane:
@@ -70,13 +86,30 @@ class Dataplane:
         if difference:
             self.in_line = False
             plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
-            leaving = [record for record in _records(difference.removed) if record.ours]
-            await self._write(plans, leaving, _records(difference.added))
+            off = [record.device for record in _records(difference.removed) if record.ours]
+            await self._write(Transition(plans, off, [record.device for record in _records(difference.added)]))
             self.in_line = True
         return len(difference.added)
 
+    async def preview(self, changes: Sequence[Change], node: Collection[Address]) -> Transition:
+        """Return what a mending ``follow`` would do, and do nothing. Raises ``FirewallError``."""
+        self._take_in(changes, node)
+        return await self._transition()
+
     async def _mend(self) -> int:
         self.in_line = False
+        transition = await self._transition()
+        await self._write(transition)
+        self.in_line = True
+        added = [rule for _, plan in transition.plans for rule in plan.added]
+        restored = dict.fromkeys(rule.owner for rule in added)
+        self._touched += _opened(self._active[its] for its in restored if its in self._active)
+        removed = {owner(each) for _, plan in transition.plans for each in plan.removed_tags}
+        self._touched += _vacated(sorted(removed), self._active.values())
+        return len(added)
+
+    async def _transition(self) -> Transition:
+        """Read what the kernel holds, and return what brings it in line."""
         plans = []
         left_over: dict[str, LocalnetRecord] = {}
         for family, firewall in self._firewalls.items():
@@ -85,12 +118,10 @@ class Dataplane:
             plans.append((firewall, firewall.plan(rule for rule in self._wanted if rule.family is family)))
         wanted = _records(self._wanted)
         needed = {record.device for record in wanted}
-        leaving = [record for record in left_over.values() if record.ours and record.device not in needed]
-        await self._write(plans, leaving, [record for record in wanted if not localnet.is_on(record.device)])
-        self.in_line = True
-        restored = {rule.owner for _, plan in plans for rule in plan.added}
-        self._touched += _opened(self._active[owner] for owner in restored if owner in self._active)
-        return sum(len(plan.added) for _, plan in plans)
+        for device in self._localnet_ours.keys() - needed:
+            del self._localnet_ours[device]  # an earlier run's: its record goes with its rule
+        off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
+        return Transition(plans, off, [record.device for record in wanted if not localnet.is_on(record.device)])
 
     async def drop_stale_flows(self) -> None:
         """Remove the flows that what was written made stale.
@@ -109,22 +140,20 @@ class Dataplane:
         else:
             self._complaint = ""
 
-    async def _write(
-        self, plans: Sequence[tuple[Firewall, Plan]], off: Sequence[LocalnetRecord], on: Sequence[LocalnetRecord]
-    ) -> None:
-        for record in off:
-            localnet.switch(record.device, False)
-        for firewall, plan in plans:
+    async def _write(self, transition: Transition) -> None:
+        for device in transition.localnet_off:
+            _switch(device, False)
+        for firewall, plan in transition.plans:
             self.transactions += bool(plan)
             await firewall.apply(plan)
-        for record in on:
-            localnet.switch(record.device, True)
+        for device in transition.localnet_on:
+            _switch(device, True)
 
     def _take_in(self, changes: Sequence[Change], node: Collection[Address]) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
         addresses = frozenset(address for address in node if Family.of(address) in self._firewalls)
-        old = [rule for address in self._node - addresses for rule in rules_at(address, self._layout)]
-        new = [rule for address in addresses - self._node for rule in rules_at(address, self._layout)]
+        old = [rule for address in _sorted(self._node - addresses) for rule in rules_at(address, self._layout)]
+        new = [rule for address in _sorted(addresses - self._node) for rule in rules_at(address, self._layout)]
         self._node = addresses
         for before in (change.before for change in changes):
             if before is not None and before.attachments:
@@ -157,10 +186,31 @@ async def remove_everything(firewall: Firewall) -> bool:
     plan, guard = await firewall.plan_removal()
     for record in firewall.localnet_records:
         if record.ours:
-            localnet.switch(record.device, False)
+            _switch(record.device, False)
     await firewall.apply(plan)
     await firewall.apply(guard)
     return bool(plan or guard)
+
+
+def _sorted(addresses: Iterable[Address]) -> list[Address]:
+    return sorted(addresses, key=lambda address: (address.version, int(address)))
+
+
+def _vacated(owners: Iterable[str], active: Iterable[Publication]) -> Iterator[Closed]:
+    """Return the mappings that an earlier run's rules were of, but for those whose host ports are served now."""
+    served = {(p.mapping.protocol, port) for p in active for port in p.mapping.host_ports or ()}
+    for each in owners:
+        with contextlib.suppress(PortSpecError):
+            mapping = ports.parse(each.partition(" ")[2])
+            if not any((mapping.protocol, port) in served for port in mapping.host_ports or ()):
+                yield Closed(mapping, None)
+
+
+def _switch(device: str, on: bool) -> None:
+    try:
+        localnet.switch(device, on)
+    except OSError as error:
+        raise FirewallError(f"route_localnet of {device} cannot be switched: {error.strerror}") from error
 
 
 def _opened(publications: Iterable[Publication]) -> list[Opened | Closed]:

@@ -28,7 +28,7 @@ from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, NodeFacts
 
 _RTM_F_FIB_MATCH = 0x2000  # answer with the route that matched, not with one made for the address (linux/rtnetlink.h)
 _RTN_UNICAST, _RTN_LOCAL = 1, 2
-_NSID_NOT_ASSIGNED = -1
+_NSID_NOT_ASSIGNED = 0xFFFFFFFF  # -1 to the kernel, which pyroute2 reads as unsigned
 
 
 class Gone(Exception):
@@ -106,6 +106,7 @@ def choose(addresses: list[IPv4Address], known: list[Route]) -> tuple[IPv4Addres
         return None
     default = next((route.device for route in known if route.network.prefixlen == 0), None)
     on_link = [route for route in known if route.on_link and 0 < route.network.prefixlen < 32]
+    on_link.sort(key=lambda route: -route.network.prefixlen)  # the longest match decides, as in the kernel
     devices = {a: next((r.device for r in on_link if a in r.network), None) for a in usable}
     address = next((a for a in usable if devices[a] == default and default is not None), usable[0])
     return address, devices[address] or default
@@ -179,6 +180,8 @@ class Endpoints:
 
     async def _host_side(self, pid: int, device: str) -> Any:
         """Return the host's end of a container's veth, or an ``Obstacle``."""
+        inside: Any = None
+        elsewhere = Obstacle(State.UNSUPPORTED, f"the other end of its {device} is not on this host")
         try:
             nsid = await self._nsid(pid)
             [inside, *_] = await self._netlink.link("get", ifname=device, if_netnsid=nsid)
@@ -189,17 +192,19 @@ class Endpoints:
                 )
             [outside, *_] = await self._netlink.link("get", index=inside.get_attr("IFLA_LINK"))
         except NetlinkError as error:
+            if inside is not None and error.code == errno.ENODEV:
+                return elsewhere
             _read(Path(f"/proc/{pid}/stat"))  # gone is gone, not an obstacle
             return Obstacle(State.WAITING, f"the host's end of its {device} cannot be found: {os.strerror(error.code)}")
         if outside.get_attr("IFLA_LINK_NETNSID") != nsid or outside.get_attr("IFLA_LINK") != inside["index"]:
-            return Obstacle(State.UNSUPPORTED, f"the other end of its {device} is not on this host")
+            return elsewhere
         return outside
 
     async def _nsid(self, pid: int) -> int:
         """Return the id that a process's network namespace has in ours, giving it one where it has none."""
         nsid = (await self._netlink.get_netnsid(pid=pid))["nsid"]
         if nsid == _NSID_NOT_ASSIGNED:
-            await self._netlink.set_netnsid(pid=pid, nsid=_NSID_NOT_ASSIGNED)  # the kernel chooses
+            await self._netlink.set_netnsid(pid=pid)  # the kernel chooses
             nsid = (await self._netlink.get_netnsid(pid=pid))["nsid"]
         return int(nsid)
 

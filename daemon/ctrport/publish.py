@@ -101,10 +101,13 @@ class Publications:
             self._put_unmatched(index)
 
     def __iter__(self) -> Iterator[Publication]:
-        """Iterate over all publications, containers in order of their names, then unmatched declarations."""
+        """Iterate over all publications, containers by name, then unmatched declarations as in the file."""
         matched = (p for p in self._published.values() if p.container is not None)
         yield from sorted(matched, key=lambda p: (p.container, _mapping_order(p.mapping)))
-        yield from (p for p in self._published.values() if p.container is None)
+        for declaration in self._declarations:
+            mappings = dict.fromkeys(declaration.mappings)
+            unmatched = (self._published.get((declaration.source, mapping)) for mapping in mappings)
+            yield from (publication for publication in unmatched if publication is not None)
 
     def __len__(self) -> int:
         return len(self._published)
@@ -222,6 +225,8 @@ class Publications:
         """Return where the mapping would lead, or why it cannot be served whoever else wants its port."""
         if mapping.host_ports is None:
             return Obstacle(State.UNSUPPORTED, "a free host port cannot be chosen yet: name the host port")
+        if len(mapping.host_ports) != len(mapping.container_ports):
+            return Obstacle(State.UNSUPPORTED, "one port of a pool cannot be chosen yet: name the host port")
         if isinstance(candidate.endpoint, Obstacle):
             return candidate.endpoint
         host_ip = mapping.host_ip
@@ -231,9 +236,11 @@ class Publications:
             if not host_ip.is_loopback and host_ip not in self._facts.addresses:
                 return Obstacle(State.WAITING, f"{host_ip} is not an address of this node")
         families = [family for family in mapping.families if family in self._families]
+        if not families:
+            return Obstacle(State.UNSUPPORTED, f"IPv{mapping.families[0].value} cannot be published yet")
         attachments = self._attachments(candidate.endpoint, families)
         if not attachments:
-            names = " or ".join(f"IPv{family.value}" for family in families) or "IPv4"
+            names = " or ".join(f"IPv{family.value}" for family in families)
             return Obstacle(State.WAITING, f"the container has no {names} address that the host can reach")
         forwarded = tuple(a for a in attachments if Family.of(a.address) in self._facts.forwarding)
         if not forwarded:

@@ -6,20 +6,20 @@ what of it there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from . import __version__, status
 from .config import Config
 from .containerd import Containerd
+from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
 from .firewall import Firewall
 from .model import Family, Publication, State
-from .rules import Layout, owner_of, rules_for
+from .rules import Layout, Rule, owner_of
 from .survey import Survey
 
-NOT_INSTALLED = "its rules are not in the kernel, and no daemon runs: systemctl start ctrport"
+NOT_INSTALLED = "its rules are not all in the kernel, and no daemon runs: systemctl start ctrport"
 
 
 async def without_daemon(
@@ -33,34 +33,37 @@ async def without_daemon(
         survey = Survey(config, containerd, endpoints)
         version = await containerd.version()
         await survey.everything()
-        survey.publications.settle()
+    changes = survey.publications.settle()
+    dataplane = Dataplane(firewalls, layout)
+    await dataplane.start()
+    due = await dataplane.preview(changes, survey.facts.addresses)
     last = status.read(directory)
-    missing = await _missing(survey.publications, firewalls, layout)
+    publications = (_as_it_is(publication, due) for publication in survey.publications)
     return status.Status(
         version=__version__,
         running=False,
         pid=0,
         updated=last.updated if last is not None else "",
         containerd=f"answers, version {version}",
-        firewall=f"{len(missing)} mappings are not in the kernel" if missing else "in line",
-        publications=[
-            status.PublicationStatus.of(_as_it_is(publication, missing), "") for publication in survey.publications
-        ],
+        firewall="not in line" if due else "in line",
+        publications=[status.PublicationStatus.of(publication, "") for publication in publications],
     )
 
 
-def _as_it_is(publication: Publication, missing: set[str]) -> Publication:
-    if publication.state is not State.ACTIVE or owner_of(publication) not in missing:
+def _as_it_is(publication: Publication, due: Transition) -> Publication:
+    """Return a publication as far as the kernel holds it: active only where nothing that it needs is missing."""
+    if publication.state is not State.ACTIVE:
+        return publication
+    devices = {attachment.device for attachment in publication.attachments}
+    missing = (rule for _, plan in due.plans for rule in plan.added)
+    if not any(_needs(publication, rule) for rule in missing) and devices.isdisjoint(due.localnet_on):
         return publication
     return replace(publication, state=State.WAITING, reason=NOT_INSTALLED, attachments=())
 
 
-async def _missing(publications: Iterable[Publication], firewalls: dict[Family, Firewall], layout: Layout) -> set[str]:
-    """Return the owners of the rules that should be in the kernel and are not."""
-    missing: set[str] = set()
-    publications = list(publications)
-    for family, firewall in firewalls.items():
-        await firewall.read()
-        wanted = (rule for publication in publications for rule in rules_for(publication, layout))
-        missing |= {rule.owner for rule in firewall.plan(r for r in wanted if r.family is family).added}
-    return missing
+def _needs(publication: Publication, rule: Rule) -> bool:
+    """Whether a rule is the publication's own, its device's, or one that all of them need."""
+    kind, _, name = rule.owner.partition(" ")
+    if "/" in kind:
+        return rule.owner == owner_of(publication)
+    return kind != "device" or name.split(" ")[0] in {attachment.device for attachment in publication.attachments}

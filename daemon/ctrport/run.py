@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 from pathlib import Path
+from typing import Any
 
 from . import __version__, status, systemd
 from .config import Config
@@ -48,7 +49,7 @@ async def run(config: Config, directory: Path) -> None:
 
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
-    log.info("ctrport %s: %d declarations", __version__, len(config.publish))
+    log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
     if config.firewall.backend == "auto":
         log.info("backend iptables-nft: %s", await detect())
     end = asyncio.Event()
@@ -67,9 +68,12 @@ async def run(config: Config, directory: Path) -> None:
         await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
         systemd.notify("STOPPING=1")
         failed = next((task.exception() for task in tasks if task.done()), None)
-        for task in (*tasks, ended):
-            task.cancel()
-        await asyncio.gather(*tasks, ended, return_exceptions=True)
+        left: set[asyncio.Task[Any]] = {*tasks, ended}
+        while left:
+            # Again and again: before Python 3.12 wait_for() swallows a cancellation that comes with its result.
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=0.05)
     if failed is not None:
         raise failed
     await _leave(config, its)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -19,6 +20,9 @@ from typing import Any
 from .model import Publication
 
 DEFAULT_DIRECTORY = "/run/ctrport"
+
+#: How often the lock is tried, and the seconds between two tries.
+LOCK_TRIES, LOCK_PAUSE = 5, 0.05
 
 
 class AlreadyRunning(Exception):
@@ -108,10 +112,15 @@ def only_one(directory: Path) -> Iterator[None]:
     """Hold the run directory's lock. Raises ``AlreadyRunning`` or ``OSError``; the lock ends with the process."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     with open(directory / "lock", "a+", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AlreadyRunning(f"ctrport runs already ({_holder(directory)}, run directory {directory})") from error
+        for tries_left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not tries_left:
+                    message = f"another daemon runs already ({_holder(directory)}, run directory {directory})"
+                    raise AlreadyRunning(message) from error
+                time.sleep(LOCK_PAUSE)  # a command that only asks holds it for a moment, too
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()

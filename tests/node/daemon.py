@@ -19,6 +19,17 @@ from embedded.wait import eventually
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Imported before the privileges go: neither this tree nor the interpreter need be readable for everybody.
+_AS_NOBODY = """
+import os
+import ctrport.cli, ctrport.report, ctrport.run, encodings.ascii, rich.console, rich.table, rich.text
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+ctrport.cli.main()
+"""
+
+
 class Ctrport:
     """The daemon of one node, and its commands. Not started until ``start``."""
 
@@ -83,6 +94,10 @@ class Ctrport:
     def run(self, *arguments: str, check: bool = True, env: dict[str, str] | None = None) -> Any:
         """Run a command of ctrport's on the node."""
         return self.node.run(*self._argv(*arguments), check=check, env={**self._environment(), **(env or {})})
+
+    def run_as_nobody(self, *arguments: str) -> Any:
+        """Run a command as a user without privileges, to see it fail or not: its exit status is not checked."""
+        return self.node.run(sys.executable, "-c", _AS_NOBODY, *arguments, check=False, env=self._environment())
 
     def stop(self, number: signal.Signals = signal.SIGTERM, *, within: float = 5) -> int:
         """End the daemon, and return its exit status."""

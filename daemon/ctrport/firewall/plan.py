@@ -31,12 +31,12 @@ class Line:
     @property
     def target(self) -> str:
         """The chain or target that it goes to, empty where it goes nowhere."""
-        found = _TARGET.search(self.text)
+        found = _TARGET.search(_QUOTED.sub('""', self.text))
         return found[1] if found else ""
 
 
-# The last "-j" of the line: what a quoted comment holds comes before it.
-_TARGET = re.compile(r'.* -[jg] ([^\s"]+)')
+_TARGET = re.compile(r" -[jg] (\S+)")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')  # comments and log prefixes, which may hold anything
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class Empty:
 
 @dataclass(frozen=True)
 class Add:
-    """Put a rule at ``position``, counted from 1, or at the end where that is None."""
+    """Put a rule at ``position``, counted from 1, or at the end where that is None.
 
-    rule: Rule
+    As a ``Line``: a rule that the kernel lists, put back as it was.
+    """
+
+    rule: Rule | Line
     position: int | None
 
 
@@ -104,7 +107,14 @@ class Plan:
     @property
     def added(self) -> list[Rule]:
         """The rules that it writes."""
-        return [op.rule for block in self.blocks for op in block.ops if isinstance(op, Add)]
+        ops = (op for block in self.blocks for op in block.ops)
+        return [op.rule for op in ops if isinstance(op, Add) and isinstance(op.rule, Rule)]
+
+    @property
+    def removed_tags(self) -> list[str]:
+        """The tags of the rules that were found and that it takes away."""
+        ops = (op for block in self.blocks for op in block.ops)
+        return [op.rule.tag or "" for op in ops if isinstance(op, Remove) and isinstance(op.rule, Line)]
 
 
 def plan_all(
@@ -191,10 +201,14 @@ class _Draft:
         rank_of = {tag(rule): rule.rank for rule in wanted}
         kept = [line.tag for line in lines or () if line.tag in rank_of]
         in_order = all(rank_of[a] <= rank_of[b] for a, b in pairwise(kept) if a and b)
+        stale = list(dict.fromkeys(line for line in lines or () if line.tag not in rank_of))
         if lines is None or not in_order or len(set(kept)) != len(kept):
             if wanted:
                 self.create[table].append(New(chain) if lines is None else Empty(chain))
                 self.add[table] += [Add(rule, None) for rule in wanted]
+                # What leaves goes in its turn: until nat is written, something may still be translated to it.
+                self.add[table] += [Add(line, None) for line in stale]
+                self.remove[table] += [Remove(chain, line) for line in stale]
             return
         self.remove[table] += [Remove(chain, line) for line in lines if line.tag not in rank_of]
         there, added = set(kept), 0
@@ -217,13 +231,16 @@ class _Draft:
         places = {tag(rule): _resolved(rule.place, policed) for rule in wanted}
         first = [rule for rule in wanted if places[tag(rule)] is Place.FIRST]
         rest = [rule for rule in wanted if places[tag(rule)] is not Place.FIRST]
-        position = 1
+        position, moved = 1, False
         for rule in (*first, *rest):
             its, place = tag(rule), places[tag(rule)]
             found = [index for index, line in enumerate(lines) if line.tag == its]
-            if len(found) == 1 and _well_placed(place, found[0], position, lines):
+            # One that is put first pushes those behind it down, wherever they stood.
+            pushed = moved and place is Place.FIRST
+            if len(found) == 1 and not pushed and _well_placed(place, found[0], position, lines):
                 position += place is not Place.LAST
                 continue
+            moved = True
             self.replace[table] += [Remove(chain, lines[index]) for index in found]
             self.add[table].append(Add(rule, None if place is Place.LAST else position))
             position += place is not Place.LAST
@@ -260,8 +277,8 @@ def plan_removal(held: Mapping[ChainKey, Sequence[Line]]) -> tuple[Plan, Plan]:
         whole: list[Op] = []
         for chain, lines in chains.items():
             ours = [line for line in lines if line.tag is not None]
-            if chain == USER_CHAIN and not lines and chain not in used and _jumps(chains, chain):
-                whole.append(Delete(chain))
+            if chain not in BUILT_IN and not lines and _jumps(chains, chain) and chain not in used:
+                whole.append(Delete(chain))  # the operator's, or what a flush left of ours
             elif ours and chain not in BUILT_IN and len(ours) == len(lines):
                 whole.append(Delete(chain, whole=chain not in used))
             else:

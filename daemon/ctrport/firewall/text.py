@@ -17,7 +17,8 @@ from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
 #: What a comment of ours looks like. xt_comment takes 255 bytes; the longest of ours has about 240.
 TAG = re.compile(r"ctrport (?P<owner>[A-Za-z0-9._/:=@\[\] -]+) (?P<digest>[0-9a-f]{12})")
-_COMMENT = re.compile(r'--comment "?(' + TAG.pattern + r')"?(?= |$)')
+# In quotes always, as it has a space; without them it could be part of somebody else's comment.
+_COMMENT = re.compile(r'--comment "(' + TAG.pattern + r')"(?= |$)')
 _CHAIN = re.compile(r"[A-Za-z0-9_-]{1,28}")
 
 
@@ -78,9 +79,11 @@ def _operation(op: Op) -> str:
             if chain == USER_CHAIN:
                 raise ValueError(f"{chain} is the operator's: it is never emptied")
             return f":{_checked(chain)} - [0:0]"
-        case Add(rule, None):
+        case Add(Line(text), _):
+            return text
+        case Add(Rule() as rule, None):
             return f"-A {_checked(rule.chain)} {arguments(rule)}"
-        case Add(rule, position):
+        case Add(Rule() as rule, position):
             return f"-I {_checked(rule.chain)} {position} {arguments(rule)}"
         case Remove(chain, Line(text)):
             return f"-D {text.removeprefix('-A ')}"

@@ -1,0 +1,315 @@
+"""The command line where it needs neither root nor a node: what it prints where, and what it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from ctrport import __version__, cli, status
+from ctrport.status import PublicationStatus, Status
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GOOD = """\
+publish:
+  - match: {container: web}
+    ports: ["8080:80", "127.0.0.1:5353:53/udp"]
+  - match: {labels: {app: shop}}
+    ports: ["9000-9010:9000-9010"]
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command did: its exit status, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def ctrport(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process."""
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["ctrport", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be somebody without privileges."""
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pass for root."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+
+def written(directory: Path, text: str | bytes) -> str:
+    path = directory / "config.yaml"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return str(path)
+
+
+# Usage
+
+
+def test_version(ctrport: Run) -> None:
+    assert ctrport("version") == Ended(0, f"ctrport {__version__}\n", "")
+
+
+def test_version_for_programs(ctrport: Run) -> None:
+    ended = ctrport("version", "--json")
+    assert (ended.status, ended.err) == (0, "")
+    assert json.loads(ended.out) == {"version": __version__}
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_every_command(ctrport: Run, option: str) -> None:
+    ended = ctrport(option)
+    assert (ended.status, ended.err) == (0, "")
+    for command in cli.cli.commands:
+        assert re.search(rf"^  {command} +\S", ended.out, re.MULTILINE), command
+
+
+@pytest.mark.parametrize("command", sorted(cli.cli.commands))
+def test_each_command_has_help(ctrport: Run, command: str) -> None:
+    ended = ctrport(command, "-h")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith(f"Usage: ctrport {command} [OPTIONS]")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]],
+    ids=" ".join,
+)
+def test_bad_usage_is_2_with_nothing_on_stdout(ctrport: Run, arguments: list[str]) -> None:
+    ended = ctrport(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.splitlines()[-1].startswith("Error: ")
+
+
+def test_the_module_is_the_command() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "ctrport", "version"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "daemon")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"ctrport {__version__}\n", "")
+
+
+# check
+
+
+def test_check_counts_what_is_in_order_without_root(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    path = written(tmp_path, GOOD)
+    assert ctrport("check", "--config", path) == Ended(0, f"{path}: in order; declarations: 2, mappings: 3\n", "")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "publish: []\n"], ids=["empty", "comment", "no-entry"])
+def test_check_takes_a_file_that_publishes_nothing(ctrport: Run, tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    assert ctrport("check", "--config", path).status == 0
+
+
+def test_check_shows_every_problem_on_a_line_of_its_own_in_the_order_of_the_file(ctrport: Run, tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        'firewall: {chain: INPUT}\npublish:\n  - match: {container: web}\n    ports: ["0:80", "8080:80"]\n'
+        '  - match: {}\n    ports: ["8080:80"]\nfoo: 1\n',
+    )
+    ended = ctrport("check", "--config", path)
+    assert (ended.status, ended.out) == (2, "")
+    lines = ended.err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{place}" for place in ("1:19", "4:13", "5:12", "7:1")]
+    assert all(re.fullmatch(r"\S+:\d+:\d+: .+; expected .+", line) for line in lines)
+
+
+def test_check_of_what_is_not_yaml(ctrport: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, "publish: [\n")
+    ended = ctrport("check", "--config", path)
+    assert (ended.status, ended.out) == (2, "")
+    [line] = ended.err.splitlines()
+    assert line.startswith(f"{path}:2:1: this is not YAML: ")
+
+
+# A file that cannot be read: the same for every command that reads it, and before anything else is asked for.
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_missing_configuration(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
+    path = tmp_path / "none.yaml"
+    expected = f"ctrport: {path}: No such file or directory; expected a configuration file (--config)\n"
+    assert ctrport(command, "--config", str(path)) == Ended(2, "", expected)
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_directory_for_a_configuration(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
+    expected = f"ctrport: {tmp_path}: Is a directory; expected a configuration file (--config)\n"
+    assert ctrport(command, "--config", str(tmp_path)) == Ended(2, "", expected)
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_configuration_in_another_encoding(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
+    path = written(tmp_path, b"# caf\xe9\npublish: []\n")
+    expected = f"ctrport: {path}: byte 5 is not UTF-8; expected YAML text\n"
+    assert ctrport(command, "--config", path) == Ended(2, "", expected)
+
+
+def test_run_tells_the_problems_of_a_configuration_before_it_asks_for_root(
+    ctrport: Run, tmp_path: Path, nobody: None
+) -> None:
+    path = written(tmp_path, "publish: 1\n")
+    ended = ctrport("run", "--config", path, "--run-dir", str(tmp_path / "run"))
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(f"{path}:1:10: `publish` is '1'; expected ")
+    assert not (tmp_path / "run").exists()
+
+
+# What needs root says so.
+
+
+@pytest.mark.parametrize(
+    ("command", "called"),
+    [("run", "run"), ("ps", "ps, while no daemon answers,"), ("clean", "clean")],
+)
+def test_what_needs_root_says_so(ctrport: Run, tmp_path: Path, nobody: None, command: str, called: str) -> None:
+    options = [] if command == "clean" else ["--config", written(tmp_path, GOOD)]
+    ended = ctrport(command, *options, "--run-dir", str(tmp_path / "run"))
+    assert ended == Ended(1, "", f"ctrport: ctrport {called} needs root: it works with the kernel's tables\n")
+    assert not (tmp_path / "run").exists()
+
+
+# With a daemon: the lock and the status file are all that it is to a command.
+
+ACTIVE = PublicationStatus(
+    namespace="default",
+    container="web",
+    mapping="8080:80/tcp",
+    addresses=["172.17.0.2"],
+    state="active",
+    reason="",
+    source="/etc/ctrport/config.yaml:2",
+    since="2024-05-01T10:00:00+00:00",
+)
+UNMATCHED = replace(
+    ACTIVE,
+    namespace="",
+    container="",
+    mapping="[2001:db8::1]:81:80/tcp",
+    addresses=[],
+    state="waiting",
+    reason="no running container matches container=[bold]x, " + 40 * "label a.very/long.one=indeed, ",
+)
+RUNNING = Status(
+    version=__version__,
+    running=True,
+    pid=4242,
+    updated="2024-05-01T10:00:00+00:00",
+    containerd="connected, version 1.7.0",
+    firewall="in line",
+    publications=[ACTIVE, UNMATCHED],
+)
+
+
+@contextmanager
+def daemon(directory: Path, said: Status | str | None = RUNNING) -> Iterator[None]:
+    """Hold the lock as a daemon does that has said this of itself."""
+    with status.only_one(directory):
+        if isinstance(said, Status):
+            status.write(directory, said)
+        elif said is not None:
+            (directory / "status.json").write_text(said)
+        yield
+
+
+def test_ps_prints_whole_lines_where_no_terminal_is(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    with daemon(tmp_path):
+        ended = ctrport("ps", "--run-dir", str(tmp_path))
+    assert (ended.status, ended.err) == (0, "")
+    header, active, unmatched = ended.out.splitlines()
+    assert header.split() == ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON"]
+    assert active.split() == ["default/web", "8080:80/tcp", "172.17.0.2", "active", "since", ACTIVE.since]
+    # What looks like markup is text, here and above.
+    assert unmatched.split(None, 4)[:4] == ["-", "[2001:db8::1]:81:80/tcp", "-", "waiting"]
+    assert unmatched.endswith(UNMATCHED.reason.rstrip())
+    assert "\x1b" not in ended.out
+
+
+def test_ps_gives_programs_the_status_as_it_is(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    with daemon(tmp_path):
+        ended = ctrport("ps", "--json", "--run-dir", str(tmp_path))
+    assert (ended.status, ended.err) == (0, "")
+    assert Status.from_json(ended.out) == RUNNING
+
+
+@pytest.mark.parametrize(
+    "said",
+    [None, "", "{", "[]", "null", '{"publications": [{"colour": "red"}]}', replace(RUNNING, running=False)],
+    ids=["none", "empty", "half", "list", "null", "another-version", "of-the-last-run"],
+)
+def test_ps_does_not_take_the_word_of_a_daemon_that_said_nothing_fit(
+    ctrport: Run, tmp_path: Path, nobody: None, said: Status | str | None
+) -> None:
+    with daemon(tmp_path, said):
+        ended = ctrport("ps", "--run-dir", str(tmp_path), "--config", written(tmp_path, GOOD))
+    assert (ended.status, ended.out) == (1, "")
+    assert "needs root" in ended.err
+
+
+def test_ps_does_not_take_the_word_of_a_daemon_that_is_gone(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    status.write(tmp_path, RUNNING)  # as one that was killed leaves it
+    ended = ctrport("ps", "--run-dir", str(tmp_path), "--config", written(tmp_path, GOOD))
+    assert (ended.status, ended.out) == (1, "")
+
+
+def test_clean_refuses_while_a_daemon_holds_the_lock(ctrport: Run, tmp_path: Path, root: None) -> None:
+    with daemon(tmp_path):
+        ended = ctrport("clean", "--run-dir", str(tmp_path))
+    assert (ended.status, ended.out) == (1, "")
+    [line] = ended.err.splitlines()
+    assert line.startswith("ctrport: the daemon runs and would put its rules back")
+
+
+def test_a_second_daemon_names_the_first_and_leaves_its_status_alone(ctrport: Run, tmp_path: Path, root: None) -> None:
+    path = written(tmp_path, GOOD)
+    with daemon(tmp_path):
+        ended = ctrport("run", "--config", path, "--run-dir", str(tmp_path))
+        assert status.read(tmp_path) == RUNNING
+    expected = f"ctrport: another daemon runs already (pid {os.getpid()}, run directory {tmp_path})\n"
+    assert ended == Ended(1, "", expected)
+
+
+def test_a_run_directory_that_cannot_be_made(ctrport: Run, tmp_path: Path, root: None) -> None:
+    path = written(tmp_path, GOOD)
+    ended = ctrport("run", "--config", path, "--run-dir", f"{path}/run")
+    assert (ended.status, ended.out) == (1, "")
+    [line] = ended.err.splitlines()
+    assert f"{path}/run" in line

@@ -1,0 +1,440 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrport.model import (
+    Candidate,
+    Container,
+    ContainerKey,
+    Declaration,
+    Endpoint,
+    Family,
+    Mapping,
+    NodeFacts,
+    Obstacle,
+    Publication,
+    Selector,
+    State,
+)
+from ctrport.ports import parse
+from ctrport.publish import FORWARDING_OFF, Change, Publications
+from tests.unit import worlds
+from tests.unit.worlds import FACTS, NODE4, candidate, declaration, key
+
+BOTH = (Family.IPV4, Family.IPV6)
+Published = dict[tuple[ContainerKey | str, Mapping], Publication]
+# What a daemon is told: of a container that runs or changed, of one that ended, of the node; None is a settle.
+Told = Candidate | ContainerKey | NodeFacts | None
+TELLING: st.SearchStrategy[list[Told]] = st.lists(
+    worlds.candidates | st.sampled_from(worlds.NAMES).map(key) | worlds.facts | st.none(), max_size=15
+)
+
+
+def by_name(publications: Iterable[Publication]) -> Published:
+    return {(p.container or p.source, p.mapping): p for p in publications}
+
+
+def tell(publications: Publications, said: Told) -> tuple[Change, ...]:
+    match said:
+        case Candidate():
+            publications.update(said.container.key, said)
+        case ContainerKey():
+            publications.update(said, None)
+        case NodeFacts():
+            publications.learn(said)
+        case None:
+            return publications.settle()
+    return ()
+
+
+def final(told: Sequence[Told]) -> tuple[dict[ContainerKey, Candidate], NodeFacts]:
+    """What is true after all that was told."""
+    running: dict[ContainerKey, Candidate] = {}
+    facts = FACTS
+    for said in told:
+        match said:
+            case Candidate():
+                running[said.container.key] = said
+            case ContainerKey():
+                running.pop(said, None)
+            case NodeFacts():
+                facts = said
+    return running, facts
+
+
+def fresh(
+    declarations: Sequence[Declaration], candidates: Iterable[Candidate], facts: NodeFacts, localhost: bool = True
+) -> Publications:
+    publications = Publications(declarations, facts, families=BOTH, localhost=localhost)
+    for each in candidates:
+        publications.update(each.container.key, each)
+    publications.settle()
+    return publications
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), worlds.declaration_lists(), TELLING, st.booleans())
+def test_what_was_told_counts_and_not_the_order_of_telling(
+    data: st.DataObject, declarations: list[Declaration], told: list[Told], localhost: bool
+) -> None:
+    followed = Publications(declarations, FACTS, families=BOTH, localhost=localhost)
+    for said in told:
+        tell(followed, said)
+    followed.settle()
+    running, facts = final(told)
+    anew = fresh(declarations, data.draw(st.permutations(list(running.values()))), facts, localhost)
+    assert by_name(followed) == by_name(anew)
+    assert len(followed) == len(by_name(followed))  # no name twice
+
+
+def test_publications_are_listed_in_one_order_whatever_came_before() -> None:
+    wanted = [declaration("db", "8080:80"), declaration("web", "8081:81", line=2)]
+    publications = Publications(wanted, FACTS)
+    before = list(publications)
+    publications.update(key("db"), candidate("db"))
+    publications.update(key("db"), None)
+    assert list(publications) == before
+
+
+@settings(deadline=None, max_examples=100)
+@given(worlds.declaration_lists(), TELLING)
+def test_changes_lead_from_one_settlement_to_the_next(declarations: list[Declaration], told: list[Told]) -> None:
+    publications = Publications(declarations, FACTS, families=BOTH)
+    known: Published = {}
+    for said in [*told, None]:
+        changes = tell(publications, said)
+        for change in changes:
+            assert change.before != change.after
+            publication = change.after or change.before
+            assert publication is not None
+            name = (publication.container or publication.source, publication.mapping)
+            assert known.pop(name, None) == change.before
+            if change.after is not None:
+                known[name] = change.after
+        if said is None:
+            assert known == by_name(publications)
+    assert publications.settle() == ()
+
+
+def claims(declarations: Sequence[Declaration], running: Iterable[Candidate]) -> list[tuple[Candidate, Mapping]]:
+    """Every mapping that is asked for, once a container, in the order of precedence."""
+    asked: list[tuple[Candidate, Mapping]] = []
+    for each in sorted(running, key=lambda c: (c.container.started, c.container.key)):
+        for one in declarations:
+            if one.selector.matches(each.container):
+                asked += [(each, mapping) for mapping in dict.fromkeys(one.mappings) if (each, mapping) not in asked]
+    return asked
+
+
+@settings(deadline=None, max_examples=100)
+@given(worlds.declaration_lists(), TELLING)
+def test_a_port_goes_to_who_started_first_of_those_that_could_be_served(
+    declarations: list[Declaration], told: list[Told]
+) -> None:
+    publications = Publications(declarations, FACTS, families=BOTH)
+    for said in told:
+        tell(publications, said)
+    publications.settle()
+    running, _ = final(told)
+    published = by_name(publications)
+    holders: list[Mapping] = []
+    for each, mapping in claims(declarations, running.values()):
+        publication = published.pop((each.container.key, mapping))
+        taken = any(mapping.overlaps(holder) for holder in holders)
+        if publication.state is State.ACTIVE:
+            assert not taken
+            assert isinstance(each.endpoint, Endpoint)
+            assert publication.attachments
+            assert set(publication.attachments) <= set(each.endpoint.attachments)
+            assert not publication.reason
+            holders.append(mapping)
+        else:
+            # A conflict needs somebody earlier who has the port; everything else keeps nobody out.
+            assert publication.attachments == ()
+            assert publication.reason
+            assert taken or publication.state is not State.CONFLICT
+    assert all(publication.container is None for publication in published.values())
+    unmatched = {d.source for d in declarations if not any(d.selector.matches(c.container) for c in running.values())}
+    assert {publication.source for publication in published.values()} == unmatched
+
+
+@settings(deadline=None)
+@given(worlds.declaration_lists(), TELLING)
+def test_states_are_counted_as_they_are(declarations: list[Declaration], told: list[Told]) -> None:
+    publications = Publications(declarations, FACTS, families=BOTH)
+    for said in told:
+        tell(publications, said)
+    publications.settle()
+    states = [publication.state for publication in publications]
+    assert {state: publications.count(state) for state in State} == {state: states.count(state) for state in State}
+
+
+def states(publications: Publications) -> dict[str, State]:
+    return {f"{p.container} {p.mapping}": p.state for p in publications if p.container is not None}
+
+
+def test_the_next_in_line_takes_over_when_the_holder_ends() -> None:
+    publications = Publications([declaration("*", "8080:80")], FACTS)
+    for started, name in enumerate(worlds.NAMES, start=1):
+        publications.update(key(name), candidate(name, started=started))
+    publications.settle()
+    assert states(publications) == {
+        "default/api 8080:80/tcp": State.ACTIVE,
+        "default/db 8080:80/tcp": State.CONFLICT,
+        "default/web 8080:80/tcp": State.CONFLICT,
+    }
+    publications.update(key("api"), None)
+    changes = publications.settle()
+    assert states(publications) == {
+        "default/db 8080:80/tcp": State.ACTIVE,
+        "default/web 8080:80/tcp": State.CONFLICT,
+    }
+    # The one that still waits is told of its new rival too.
+    assert {str(p.container): p.reason for change in changes if (p := change.after)} == {
+        "default/db": "",
+        "default/web": "host port 8080/tcp is held by default/db (8080:80/tcp)",
+    }
+
+
+def test_who_loses_the_port_lets_go_of_all_of_its_range_and_a_third_may_have_the_rest() -> None:
+    wanted = [
+        declaration("api", "8000:80"),
+        declaration("db", "8000-8001:80-81", line=2),
+        declaration("web", "8001:80", line=3),
+    ]
+    publications = Publications(wanted, FACTS)
+    for started, name in enumerate(worlds.NAMES, start=1):
+        publications.update(key(name), candidate(name, started=started))
+    publications.settle()
+    assert list(states(publications).values()) == [State.ACTIVE, State.CONFLICT, State.ACTIVE]
+    # The chain of rivals is followed to its end: api's end gives db its range, which takes web's port.
+    publications.update(key("api"), None)
+    publications.settle()
+    assert list(states(publications).values()) == [State.ACTIVE, State.CONFLICT]
+
+
+def test_a_container_that_started_earlier_takes_the_port_however_late_it_is_heard_of() -> None:
+    publications = Publications([declaration("*", "8080:80")], FACTS)
+    publications.update(key("db"), candidate("db", started=2))
+    publications.settle()
+    publications.update(key("web"), candidate("web", started=1))
+    publications.settle()
+    assert states(publications) == {
+        "default/db 8080:80/tcp": State.CONFLICT,
+        "default/web 8080:80/tcp": State.ACTIVE,
+    }
+
+
+def test_of_two_that_started_in_the_same_tick_the_first_by_name_has_the_port() -> None:
+    publications = fresh([declaration("*", "8080:80")], [candidate("web"), candidate("db")], FACTS)
+    assert states(publications) == {
+        "default/db 8080:80/tcp": State.ACTIVE,
+        "default/web 8080:80/tcp": State.CONFLICT,
+    }
+
+
+def test_a_container_without_an_endpoint_keeps_nobody_out() -> None:
+    publications = Publications([declaration("*", "8080:80")], FACTS)
+    publications.update(key("db"), candidate("db", started=1, obstacle=worlds.NO_ADDRESS))
+    publications.update(key("web"), candidate("web", started=2))
+    publications.settle()
+    assert states(publications) == {
+        "default/db 8080:80/tcp": State.WAITING,
+        "default/web 8080:80/tcp": State.ACTIVE,
+    }
+
+
+def test_one_container_may_not_have_a_port_twice() -> None:
+    publications = fresh([declaration("web", "8080:80", "0.0.0.0:8080:81")], [candidate("web")], FACTS)
+    [wins, loses] = sorted(publications, key=lambda p: p.state)
+    assert (wins.state, str(wins.mapping)) == (State.ACTIVE, "8080:80/tcp")
+    assert loses.reason == "host port 8080/tcp is held by default/web (8080:80/tcp)"
+
+
+def test_two_declarations_of_one_mapping_are_one_publication_of_the_first() -> None:
+    wanted = [declaration("*", "8080:80", line=1), declaration("web", "8080:80", "8081:81", line=2)]
+    publications = fresh(wanted, [candidate("web")], FACTS)
+    assert [(str(p.mapping), p.source, p.state) for p in publications] == [
+        ("8080:80/tcp", "config.yaml:1", State.ACTIVE),
+        ("8081:81/tcp", "config.yaml:2", State.ACTIVE),
+    ]
+
+
+def test_host_addresses_of_their_own_are_no_rivals() -> None:
+    other = IPv4Address("192.0.2.2")
+    facts = NodeFacts(FACTS.forwarding, FACTS.addresses | {other})
+    wanted = [declaration("db", f"{NODE4}:8080:80"), declaration("web", f"{other}:8080:80", "8080:80", line=2)]
+    publications = fresh(wanted, [candidate("db"), candidate("web", started=2)], facts)
+    assert [(str(p.mapping), p.state) for p in publications] == [
+        ("192.0.2.1:8080:80/tcp", State.ACTIVE),
+        ("192.0.2.2:8080:80/tcp", State.ACTIVE),
+        ("8080:80/tcp", State.CONFLICT),
+    ]
+
+
+def test_a_declaration_that_matches_nothing_says_so_until_something_comes() -> None:
+    publications = Publications([declaration("web", "8080:80", "8081:81")], FACTS)
+    assert len(publications) == 2
+    assert publications.count(State.WAITING) == 2
+    assert {change.after for change in publications.settle()} == set(publications)
+    assert {(p.container, p.source, p.reason) for p in publications} == {
+        (None, "config.yaml:1", "no running container matches container=web")
+    }
+    publications.update(key("web"), candidate("web"))
+    publications.update(key("db"), candidate("db"))
+    changes = publications.settle()
+    assert [p.container for p in publications] == [key("web"), key("web")]
+    assert sum(change.after is None for change in changes) == 2
+    publications.update(key("web"), None)
+    publications.settle()
+    assert [p.container for p in publications] == [None, None]
+    assert publications.count(State.WAITING) == 2
+    assert publications.count(State.ACTIVE) == 0
+
+
+REASONS: dict[str, tuple[str, Endpoint | Obstacle, NodeFacts, bool, State, str]] = {
+    "a free port": (
+        *("80", worlds.endpoint("172.17.0.2"), FACTS, True),
+        *(State.UNSUPPORTED, "a free host port cannot be chosen yet: name the host port"),
+    ),
+    "what the container lacks": (
+        *("8080:80", worlds.NO_ADDRESS, FACTS, True),
+        *(State.WAITING, "it has only a loopback address"),
+    ),
+    "what cannot be": (
+        *("8080:80", Obstacle(State.UNSUPPORTED, "it is on the host's network"), FACTS, True),
+        *(State.UNSUPPORTED, "it is on the host's network"),
+    ),
+    "localhost is off": (
+        *("127.0.0.1:8080:80", worlds.endpoint("172.17.0.2"), FACTS, False),
+        *(State.UNSUPPORTED, "127.0.0.1 is published only with firewall.localhost: true"),
+    ),
+    "not the node's address": (
+        *("192.0.2.99:8080:80", worlds.endpoint("172.17.0.2"), FACTS, True),
+        *(State.WAITING, "192.0.2.99 is not an address of this node"),
+    ),
+    "no address of the family": (
+        *("0.0.0.0:8080:80", worlds.endpoint("fd00::2"), FACTS, True),
+        *(State.WAITING, "the container has no IPv4 address that the host can reach"),
+    ),
+    "no IPv6 address": (
+        *("[::]:8080:80", worlds.endpoint("172.17.0.2"), FACTS, True),
+        *(State.WAITING, "the container has no IPv6 address that the host can reach"),
+    ),
+    "IPv4 is not forwarded": (
+        *("8080:80", worlds.endpoint("172.17.0.2"), NodeFacts(frozenset(), FACTS.addresses), True),
+        *(State.WAITING, FORWARDING_OFF[Family.IPV4]),
+    ),
+    "IPv6 is not forwarded": (
+        *("8080:80", worlds.endpoint("fd00::2"), NodeFacts(frozenset({Family.IPV4}), FACTS.addresses), True),
+        *(State.WAITING, FORWARDING_OFF[Family.IPV6]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_a_reason_names_what_is_in_the_way(case: str) -> None:
+    mapping, where, facts, localhost, state, reason = REASONS[case]
+    web = Candidate(Container(key("web"), 100, 1), where)
+    [publication] = fresh([declaration("web", mapping)], [web], facts, localhost)
+    assert (publication.state, publication.reason, publication.attachments) == (state, reason, ())
+
+
+def test_the_port_that_is_named_is_the_first_of_those_contested() -> None:
+    wanted = [declaration("db", "8005-8009:5-9"), declaration("web", "8000-8007:8000-8007/tcp", line=2)]
+    publications = fresh(wanted, [candidate("db"), candidate("web", started=2)], FACTS)
+    [_, loses] = publications
+    assert loses.reason == "host port 8005/tcp is held by default/db (8005-8009:5-9/tcp)"
+
+
+def test_of_two_families_the_one_that_is_forwarded_is_served() -> None:
+    facts = NodeFacts(frozenset({Family.IPV6}), FACTS.addresses)
+    web = candidate("web", "172.17.0.2", "fd00::2")
+    [publication] = fresh([declaration("web", "8080:80")], [web], facts)
+    assert publication.state is State.ACTIVE
+    assert publication.attachments == (worlds.attachment("fd00::2"),)
+
+
+def test_a_family_that_is_not_served_counts_for_nothing() -> None:
+    publications = Publications([declaration("web", "8080:80")], FACTS)
+    publications.update(key("web"), candidate("web", "172.17.0.2", "fd00::2"))
+    [change] = [c for c in publications.settle() if c.after and c.after.container]
+    assert change.after is not None
+    assert change.after.attachments == (worlds.attachment("172.17.0.2"),)
+
+
+def test_a_mapping_for_a_family_that_is_not_served_does_not_blame_another() -> None:
+    publications = Publications([declaration("web", "[::]:8080:80")], FACTS, families=[Family.IPV4])
+    publications.update(key("web"), candidate("web", "172.17.0.2"))
+    publications.settle()
+    [publication] = publications
+    assert publication.state in (State.WAITING, State.UNSUPPORTED)
+    assert "IPv4" not in publication.reason  # it has an IPv4 address, and never asked for one
+
+
+def test_the_node_changing_is_felt_by_everyone() -> None:
+    publications = Publications([declaration("web", f"{NODE4}:8080:80")], NodeFacts(FACTS.forwarding, frozenset()))
+    publications.update(key("web"), candidate("web"))
+    publications.settle()
+    assert states(publications) == {"default/web 192.0.2.1:8080:80/tcp": State.WAITING}
+    publications.learn(FACTS)
+    [change] = publications.settle()
+    assert change.after is not None
+    assert change.after.state is State.ACTIVE
+    publications.learn(FACTS)
+    assert publications.settle() == ()
+
+
+def test_what_came_and_went_between_two_settlements_is_no_change() -> None:
+    publications = Publications([declaration("web", "8080:80")], FACTS)
+    publications.update(key("web"), candidate("web"))
+    publications.settle()
+    publications.update(key("web"), None)
+    publications.update(key("web"), candidate("web"))
+    assert publications.settle() == ()
+
+
+def test_one_change_is_judged_at_its_own_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    overlaps = Mapping.overlaps
+
+    def counted(self: Mapping, other: Mapping) -> bool:
+        nonlocal asked
+        asked += 1
+        return overlaps(self, other)
+
+    monkeypatch.setattr(Mapping, "overlaps", counted)
+    ports = range(8000, 8100)
+    wanted = [declaration(f"*-{port}", f"{port}:80", line=port) for port in ports]
+    publications = Publications(wanted, FACTS)
+    for port in ports:
+        for started, name in enumerate(("first", "second")):
+            publications.update(key(f"{name}-{port}"), candidate(f"{name}-{port}", started=started))
+    publications.settle()
+    assert asked == len(ports)  # each port has two who want it
+    asked = 0
+    publications.update(key("third-8000"), candidate("third-8000", started=3))
+    publications.settle()
+    assert asked == 2
+
+
+def test_containers_that_nobody_declares_are_not_wanted() -> None:
+    wanted = Declaration(Selector(labels=(("app", "web"),)), (parse("8080:80"),), "config.yaml:1")
+    publications = Publications([wanted], FACTS)
+    assert publications.wants(candidate("any", labels={"app": "web"}).container)
+    assert not publications.wants(candidate("any").container)
+
+
+def test_candidates_are_remembered_until_they_end() -> None:
+    publications = Publications([], FACTS)
+    web = candidate("web")
+    publications.update(key("web"), web)
+    assert (publications.candidate(key("web")), list(publications.candidates)) == (web, [web])
+    publications.update(key("web"), None)
+    publications.update(key("web"), None)  # told twice
+    assert (publications.candidate(key("web")), list(publications.candidates)) == (None, [])
