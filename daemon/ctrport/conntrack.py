@@ -9,13 +9,13 @@ Reads and removes flows with the program ``conntrack``, which kubeadm wants on e
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
 from .model import Address, Attachment, Mapping, PortRange, Protocol
+from .programs import ProgramError, run
 
 #: Seconds that listing or removing flows may take before it is given up.
 TIMEOUT = 10.0
@@ -146,24 +146,10 @@ def parse(text: str) -> Iterator[Flow]:
 
 async def _run(*argv: str) -> str:
     try:
-        process = await asyncio.create_subprocess_exec(
-            "conntrack", *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-    except FileNotFoundError as error:
-        raise ConntrackError(
-            "conntrack is not installed: UDP flows may go on where their mapping no longer leads"
-        ) from error
-    except OSError as error:
-        raise ConntrackError(f"conntrack could not be started: {error.strerror}") from error
-    try:
-        out, err = await asyncio.wait_for(process.communicate(), TIMEOUT)
-    except asyncio.TimeoutError as error:
-        raise ConntrackError(f"conntrack did not end within {TIMEOUT:.0f} s") from error
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        ended = await run("conntrack", *argv, timeout=TIMEOUT)
+    except ProgramError as error:
+        raise ConntrackError(f"{error}: UDP flows may go on where their mapping no longer leads") from error
     # Status 1 with "0 flow entries" is its way to say that none matched: another may have removed them first.
-    if process.returncode != 0 and b"0 flow entries" not in err:
-        raise ConntrackError(f"conntrack {argv[0]} failed: {' '.join(err.decode(errors='replace').split())}")
-    return out.decode(errors="replace")
+    if ended.status != 0 and "0 flow entries" not in ended.err:
+        raise ConntrackError(f"conntrack {argv[0]} failed: {' '.join(ended.err.split())}")
+    return ended.out

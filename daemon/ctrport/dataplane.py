@@ -123,6 +123,16 @@ class Dataplane:
         off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
         return Transition(plans, off, [record.device for record in wanted if not localnet.is_on(record.device)])
 
+    async def sweep(self) -> None:
+        """Delete what another ``firewall.chain`` has left of an earlier run; where that fails it says so."""
+        for firewall in self._firewalls.values():
+            try:
+                if await firewall.sweep():
+                    log.info("chains of another firewall.chain are deleted")
+            except FirewallError as error:
+                self.in_line = False
+                log.warning("chains of another firewall.chain may be left: %s", error)
+
     async def drop_stale_flows(self) -> None:
         """Remove the flows that what was written made stale.
 

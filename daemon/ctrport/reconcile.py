@@ -123,6 +123,7 @@ class Reconciler:
         total = len(self._survey.publications)
         log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
         systemd.notify("READY=1", f"STATUS={self._summary()}")
+        await self._dataplane.sweep()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
             if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):

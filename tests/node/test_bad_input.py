@@ -105,6 +105,29 @@ def test_another_chain_name_works_beside_a_foreign_chain(node: Node, ctrport: Ct
     assert node.tables() == before
 
 
+def test_a_new_chain_name_leaves_nothing_of_the_old(node: Node, ctrport: Ctrport) -> None:
+    Server(node.start("web"), 80)
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings="firewall: {chain: CTRPORT}"))
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    wanted = node.tables()
+    ctrport.stop()
+    ctrport.run("clean")
+    ctrport.configure(WEB)
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    ctrport.stop()
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings="firewall: {chain: CTRPORT}"))
+    ctrport.start()
+
+    def same() -> bool:
+        assert node.tables() == wanted
+        return True
+
+    eventually(same, what="nothing but the new chains")
+    wait_open(node, 8080, "web")
+
+
 def test_what_a_flush_left_of_our_own_chains_is_taken_over(node: Node, ctrport: Ctrport) -> None:
     Server(node.start("web"), 80)
     ctrport.configure(WEB)

@@ -17,7 +17,7 @@ WEB = publish(("{container: web}", "8080:80"))
 MAPPING = "8080:80/tcp"
 DOWN = "the daemon is down; this is what can be seen without it\n"
 HEADER = ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON"]
-NOT_INSTALLED = "its rules are not in the kernel, and no daemon runs: systemctl start ctrport"
+NOT_INSTALLED = "its rules are not all in the kernel, and no daemon runs: systemctl start ctrport"
 
 
 def rows(table: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -484,6 +485,32 @@ def test_removal_leaves_what_others_have_and_nothing_of_ours(
     assert {block.table for block in guard.blocks} <= {Table.RAW}
     again = removed(kernel, layout)
     assert not any(again)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layouts, worlds.publication_lists(), others_rules())
+def test_what_another_name_left_is_swept_and_nothing_else(
+    layout: Layout, publications: list[Publication], coming: list[tuple[Table, str, str, str, int]]
+) -> None:
+    kernel, now = MemoryKernel(), replace(layout, chain="CTRPORT" if layout.chain == "DOCKER" else "DOCKER")
+    others_come(kernel, coming)
+    fresh = copy.deepcopy(kernel)
+    fit(kernel, layout, wanted_of(publications, layout))
+
+    async def follow(kernel: MemoryKernel) -> bool:
+        tables = Tables(kernel, now)
+        await tables.read()
+        await tables.apply(tables.plan(wanted_of(publications, now)))
+        swept = await tables.sweep()
+        assert not await tables.sweep()
+        return swept
+
+    assert asyncio.run(follow(kernel))
+    assert not asyncio.run(follow(fresh))
+    # The chains came in another order; what they hold is the same.
+    assert {table: dict(sorted(chains.items())) for table, chains in kernel.tables.items()} == {
+        table: dict(sorted(chains.items())) for table, chains in fresh.tables.items()
+    }
 
 
 def test_removal_deletes_every_chain_of_ours() -> None:

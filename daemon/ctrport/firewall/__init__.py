@@ -59,6 +59,13 @@ class Firewall(Protocol):
         """Write a plan. After an error nothing is known of the kernel: ``read`` before planning again."""
         ...
 
+    async def sweep(self) -> bool:
+        """Delete chains of ours that go by another name than the layout's, and return whether there were any.
+
+        For after a whole plan was applied. Raises ``FirewallError``; then as after ``apply``.
+        """
+        ...
+
     async def plan_removal(self) -> tuple[Plan, Plan]:
         """Return what takes every rule of ours away, whatever our chains are called.
 

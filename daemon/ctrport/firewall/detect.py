@@ -6,10 +6,13 @@ nft tables are asked first, and the legacy ones only where they exist already: t
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
+from ..programs import ProgramError, run
 from . import Unusable
+
+#: Seconds that asking may take.
+TIMEOUT = 30.0
 
 HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 
@@ -35,11 +38,8 @@ def _legacy_mangle_exists() -> bool:
 
 async def _hinted(program: str) -> bool:
     try:
-        process = await asyncio.create_subprocess_exec(
-            program, "-t", "mangle", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
-        )
-    except OSError:
-        return False
-    out, _ = await process.communicate()
-    chains = {line[1:].split(" ")[0] for line in out.decode(errors="replace").splitlines() if line.startswith(":")}
+        ended = await run(program, "-t", "mangle", timeout=TIMEOUT)
+    except ProgramError:
+        return False  # what cannot be asked gives no hint; that it cannot be used is said where it is used
+    chains = {line[1:].split(" ")[0] for line in ended.out.splitlines() if line.startswith(":")}
     return not chains.isdisjoint(HINTS)

@@ -6,16 +6,14 @@ One process a write, whatever the size of the plan, and one for each chain that 
 
 from __future__ import annotations
 
-import asyncio
-import os
-
 from ..model import Family
+from ..programs import Ended, NotInstalled, ProgramError, run
 from ..rules import Table
 from . import FirewallError, Unusable
 from .plan import Plan
 from .text import restore_input
 
-#: Seconds a command may take before it is ended: what hangs must not hang the daemon. 10,000 rules take 0.2 s.
+#: Seconds a command may take before it is ended. 10,000 rules take 0.2 s.
 TIMEOUT = 30.0
 
 
@@ -30,55 +28,40 @@ class NftCommands:
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """See ``Kernel.chain``."""
-        status, out, err = await self._run(self._program, "-t", table.value, "-S", chain)
-        if status == 0:
-            return out.splitlines()
+        ended = await _run(self._program, "-t", table.value, "-S", chain)
+        if ended.status == 0:
+            return ended.out.splitlines()
         # "incompatible" is what 1.8.9 says of a chain that is not there. Where it really is, and there, nothing is lost
         # by taking it for absent: a chain is made with -N, which refuses to touch one that exists.
-        if "No chain/target/match by that name" in err or f"chain `{chain}' in table `{table}' is incompatible" in err:
+        absent = ("No chain/target/match by that name", f"chain `{chain}' in table `{table}' is incompatible")
+        if any(words in ended.err for words in absent):
             return None
-        raise _error(f"the chain {chain} of the table {table} could not be listed", err, status)
+        raise _error(f"the chain {chain} of the table {table} could not be listed", ended)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
-        status, out, err = await self._run(f"{self._program}-save", "-t", table.value)
-        if status != 0:
-            raise _error(f"the table {table} could not be listed", err, status)
-        return out
+        ended = await _run(f"{self._program}-save", "-t", table.value)
+        if ended.status != 0:
+            raise _error(f"the table {table} could not be listed", ended)
+        return ended.out
 
     async def restore(self, plan: Plan) -> None:
         """See ``Kernel.restore``."""
-        text = restore_input(plan)
-        status, _, err = await self._run(f"{self._program}-restore", "--noflush", input=text)
-        if status != 0:
-            raise _error("the rules could not be written", err, status)
-
-    async def _run(self, *argv: str, input: str = "") -> tuple[int, str, str]:
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *argv,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except FileNotFoundError as error:
-            raise Unusable(f"{argv[0]} is not installed: install iptables (1.8 or later)") from error
-        except OSError as error:
-            raise FirewallError(f"{argv[0]} could not be started: {error.strerror}") from error
-        try:
-            out, err = await asyncio.wait_for(process.communicate(input.encode()), TIMEOUT)
-        except asyncio.TimeoutError as error:
-            raise FirewallError(f"{argv[0]} did not end within {TIMEOUT:.0f} s") from error
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+        ended = await _run(f"{self._program}-restore", "--noflush", input=restore_input(plan))
+        if ended.status != 0:
+            raise _error("the rules could not be written", ended)
 
 
-def _error(what: str, err: str, status: int) -> FirewallError:
-    said = " ".join(line.strip() for line in err.splitlines() if line.strip() and "Try `" not in line)
-    kind = Unusable if "Permission denied" in err or "Operation not permitted" in err else FirewallError
-    return kind(f"{what}: {said or f'exit status {status}'}")
+async def _run(*argv: str, input: str = "") -> Ended:
+    try:
+        return await run(*argv, timeout=TIMEOUT, input=input)
+    except NotInstalled as error:
+        raise Unusable(f"{error}: install iptables (1.8 or later)") from error
+    except ProgramError as error:
+        raise FirewallError(str(error)) from error
+
+
+def _error(what: str, ended: Ended) -> FirewallError:
+    said = " ".join(line.strip() for line in ended.err.splitlines() if line.strip() and "Try `" not in line)
+    kind = Unusable if "Permission denied" in said or "Operation not permitted" in said else FirewallError
+    return kind(f"{what}: {said or f'exit status {ended.status}'}")

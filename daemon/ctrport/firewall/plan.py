@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -289,6 +289,16 @@ def plan_removal(held: Mapping[ChainKey, Sequence[Line]]) -> tuple[Plan, Plan]:
     first = [Block(table, tuple(plans[table])) for table in (Table.NAT, Table.FILTER) if plans[table]]
     guard = [Block(Table.RAW, tuple(plans[Table.RAW]))] if plans[Table.RAW] else []
     return Plan(tuple(first)), Plan(tuple(guard))
+
+
+def plan_sweep(held: Mapping[ChainKey, Sequence[Line]], keep: Container[ChainKey]) -> Plan:
+    """Return what deletes chains of ours but for those to ``keep``: what another name for our chains has left.
+
+    Nothing of ours may jump to them any more.
+    """
+    others = {key: lines for key, lines in held.items() if key not in keep and key[1] not in {*BUILT_IN, USER_CHAIN}}
+    blocks = (block for plan in plan_removal(others) for block in plan.blocks)
+    return Plan(tuple(blocks))
 
 
 def _jumps(chains: Mapping[str, Sequence[Line]], chain: str) -> bool:

@@ -12,7 +12,7 @@ from typing import Protocol
 from ..model import Family
 from ..rules import USER_CHAIN, Difference, Layout, LocalnetRecord, Rule, Table
 from . import FirewallError, ForeignChain
-from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal
+from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
 from .text import listing, owner, saved, tag
 
 
@@ -44,6 +44,7 @@ class Tables:
         self._layout = layout
         self._held: dict[ChainKey, list[Line] | None] | None = None
         self._ranks: Ranks | None = None
+        self._records: tuple[LocalnetRecord, ...] = ()
 
     async def read(self) -> None:
         """See ``Firewall.read``. Lists a chain at a time: the cost does not depend on what others have."""
@@ -51,12 +52,13 @@ class Tables:
         answers = await asyncio.gather(*(self._kernel.chain(table, chain) for table, chain in keys))
         held = {key: None if lines is None else listing(lines) for key, lines in zip(keys, answers, strict=True)}
         self._refuse_foreign(held)
+        self._records = _localnet_records([*held.values(), *await self._former(held)])
         self._held, self._ranks = held, None
 
     @property
     def localnet_records(self) -> tuple[LocalnetRecord, ...]:
         """See ``Firewall.localnet_records``."""
-        return _localnet_records(self._held or {})
+        return self._records
 
     def plan(self, wanted: Iterable[Rule]) -> Plan:
         """See ``Firewall.plan``."""
@@ -77,14 +79,31 @@ class Tables:
             await self._kernel.restore(plan)
         self._ranks = plan.ranks
 
+    async def sweep(self) -> bool:
+        """See ``Firewall.sweep``."""
+        plan = plan_sweep(await self._saved(), self._layout.own_chains)
+        if plan:
+            ranks, self._ranks = self._ranks, None
+            await self._kernel.restore(plan)
+            self._ranks = ranks
+        return bool(plan)
+
     async def plan_removal(self) -> tuple[Plan, Plan]:
         """See ``Firewall.plan_removal``. Lists whole tables: our chains may have any name."""
-        held: dict[ChainKey, list[Line] | None] = {}
-        for table in Table:
-            chains = saved(await self._kernel.table(table))
-            held.update({(table, chain): lines for chain, lines in chains.items()})
-        self._held = held
-        return plan_removal({key: lines for key, lines in held.items() if lines is not None})
+        held = await self._saved()
+        self._records = _localnet_records(held.values())
+        return plan_removal(held)
+
+    async def _saved(self) -> dict[ChainKey, list[Line]]:
+        texts = await asyncio.gather(*(self._kernel.table(table) for table in Table))
+        tables = zip(Table, map(saved, texts), strict=True)
+        return {(table, chain): lines for table, chains in tables for chain, lines in chains.items()}
+
+    async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
+        """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
+        lines = held[Table.NAT, "POSTROUTING"] or []
+        names = {line.target for line in lines if line.tag is not None} - {"", self._layout.postrouting}
+        return [listing(await self._kernel.chain(Table.NAT, name) or ()) for name in sorted(names)]
 
     def _refuse_foreign(self, held: dict[ChainKey, list[Line] | None]) -> None:
         """Raise ``ForeignChain`` where a chain of our name is somebody else's.
@@ -106,7 +125,7 @@ class Tables:
                 )
 
 
-def _localnet_records(held: dict[ChainKey, list[Line] | None]) -> tuple[LocalnetRecord, ...]:
-    tags = (line.tag for lines in held.values() for line in lines or () if line.tag is not None)
+def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetRecord, ...]:
+    tags = (line.tag for lines in chains for line in lines or () if line.tag is not None)
     records = (LocalnetRecord.parse(owner(its)) for its in tags)
     return tuple(record for record in records if record is not None)
