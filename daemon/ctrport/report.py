@@ -38,16 +38,23 @@ async def without_daemon(
     await dataplane.start()
     due = await dataplane.preview(changes, survey.facts.addresses)
     last = status.read(directory)
-    publications = (_as_it_is(publication, due) for publication in survey.publications)
+    publications = [_as_it_is(publication, due) for publication in survey.publications]
+    lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
     return status.Status(
         version=__version__,
         running=False,
         pid=0,
         updated=last.updated if last is not None else "",
         containerd=f"answers, version {version}",
-        firewall="not in line" if due else "in line",
+        firewall=_summary(due, lost),
         publications=[status.PublicationStatus.of(publication, "") for publication in publications],
     )
+
+
+def _summary(due: Transition, lost: int) -> str:
+    if lost:
+        return f"{lost} mapping{'s are' if lost > 1 else ' is'} not all in the kernel"
+    return "not in line: there is more in the kernel than should be, or elsewhere" if due else "in line"
 
 
 def _as_it_is(publication: Publication, due: Transition) -> Publication:
