@@ -13,6 +13,8 @@ CNI_VERSION = "0.4.0"
 #: Where CNI looks for its plugins, and ctr for the one network that it joins containers to.
 PLUGINS = "/opt/cni/bin"
 CONFIGS = "/etc/cni/net.d"
+#: The runtime handlers by which pods join another network than the first, each with the directory of its network.
+HANDLERS = {f"net{number}": f"/etc/cni/net{number}.d" for number in range(1, 5)}
 
 Kind = Literal["bridge", "ptp"]
 
@@ -38,8 +40,20 @@ class Network:
     subnet6: str | None
     ip_masq: bool
     hairpin: bool
+    #: Whether the portmap plugin follows, which serves the host ports of pods, and does nothing for containers of ctr.
+    portmap: bool
     #: The directory in the node that holds this network's configuration and no other.
     directory: str
+
+    @property
+    def handler(self) -> str:
+        """The CRI runtime handler for pods on this network, empty for the default one."""
+        if self.directory == CONFIGS:
+            return ""
+        for name, directory in HANDLERS.items():
+            if directory == self.directory:
+                return name
+        raise RuntimeError(f"network {self.name}: there are runtime handlers for {len(HANDLERS)} more than the first")
 
     @property
     def plugin(self) -> dict[str, Any]:
@@ -60,7 +74,9 @@ class Network:
 
     def write(self, node: Host) -> None:
         """Write the configuration where CNI finds it."""
-        config = {"cniVersion": CNI_VERSION, "name": self.name, "plugins": [self.plugin]}
+        portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
+        plugins = [self.plugin, portmap] if self.portmap else [self.plugin]
+        config = {"cniVersion": CNI_VERSION, "name": self.name, "plugins": plugins}
         directory = node.path(self.directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"10-{self.name}.conflist").write_text(json.dumps(config, indent=2) + "\n")

@@ -5,6 +5,11 @@
         node.add_network("docker0")
         web = node.start("web")
 
+With Node(cri=True) there are pods as well, made by containerd's CRI plugin:
+
+        shop = node.start_pod("shop")
+        shop.start("web")
+
 The machine itself gets no device, no address, no rule and no mount of it. What it sees is some processes, a temporary
 directory, cgroups of a name of their own, and the empty mount points /etc/cni, /opt/cni and /var/lib/cni.
 """
@@ -18,13 +23,15 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from embedded.container import Container
+from embedded.cri import CRI_CONFIG, CRI_NAMESPACE, IMAGES, SNAPSHOTTER, Cri, HostPort, Pod, sandbox_config
 from embedded.host import Host, Place
-from embedded.image import make_rootfs
+from embedded.image import make_archive, make_rootfs
 from embedded.network import CONFIGS, Kind, Network
 from embedded.tables import comparable
 from embedded.wait import eventually
@@ -105,11 +112,12 @@ class Node(Host):
         except BaseException:
             shutil.rmtree(self.directory)
             raise
-        self._cri = cri
+        self._cri = Cri(self.path(self.containerd_socket)) if cri else None
         self._containerd: subprocess.Popen[str] | None = None
         self._containerd_paused = False
         self._containers: list[Container] = []
-        self._networks: list[Network] = []
+        self._pods: list[Pod] = []
+        self.networks: list[Network] = []
         try:
             self.script(_SETTLE, str(_plugins()))
             self.rootfs = make_rootfs(self.directory / "rootfs")
@@ -149,12 +157,13 @@ class Node(Host):
         if self._containerd is not None:
             raise RuntimeError("containerd is running already")
         # The opt plugin would make /opt/containerd, which is the machine's.
-        disabled = ["io.containerd.internal.v1.opt"] + ([] if self._cri else ["io.containerd.grpc.v1.cri"])
+        disabled = ["io.containerd.internal.v1.opt"] + ([] if self._cri is not None else ["io.containerd.grpc.v1.cri"])
         config = self.directory / "containerd.toml"
         config.write_text(
             _CONTAINERD_CONFIG.format(
                 disabled=", ".join(f'"{plugin}"' for plugin in disabled), socket=self.containerd_socket
             )
+            + (CRI_CONFIG if self._cri is not None else "")
         )
         with self.containerd_log.open("a") as log:
             containerd = self.spawn(
@@ -171,6 +180,9 @@ class Node(Host):
             return self.containerd_listens() and self.run("ctr", "version", check=False).returncode == 0
 
         eventually(answers, within=within, what="containerd answers")
+        if self._cri is not None:
+            eventually(self._cri.ready, within=within, what="containerd's CRI plugin is ready")
+            self._import_images(self._cri)
 
     def containerd_listens(self) -> bool:
         """Whether something accepts connections on containerd's socket."""
@@ -180,6 +192,16 @@ class Node(Host):
             except OSError:
                 return False
         return True
+
+    def _import_images(self, cri: Cri) -> None:
+        if all(map(cri.has_image, IMAGES)):
+            return
+        archive = make_archive(self.directory / "images.tar", self.rootfs, IMAGES)
+        ctr = ("ctr", "--namespace", CRI_NAMESPACE)
+        self.run(*ctr, "images", "import", "--snapshotter", SNAPSHOTTER, str(archive))
+        archive.unlink()
+        # The plugin hears of an image by an event, and would try to pull one that it has not heard of.
+        eventually(lambda: all(map(cri.has_image, IMAGES)), what="the CRI plugin knows the images")
 
     @property
     def containerd_log(self) -> Path:
@@ -228,11 +250,14 @@ class Node(Host):
         ip_masq: bool = True,
         hairpin: bool = True,
     ) -> Network:
-        """Make a network known to CNI, which builds it for its first container. The first is plain ctr's."""
-        directory = f"/etc/cni/{name}.d" if self._networks else CONFIGS
-        network = Network(name, kind, subnet, subnet6, ip_masq, hairpin, directory)
+        """Make a network known to CNI, which builds it for its first container. The first is plain ctr's.
+
+        Pods can be on it as well, if it is the first or one of the next four.
+        """
+        directory = f"/etc/cni/net{len(self.networks)}.d" if self.networks else CONFIGS
+        network = Network(name, kind, subnet, subnet6, ip_masq, hairpin, self._cri is not None, directory)
         network.write(self)
-        self._networks.append(network)
+        self.networks.append(network)
         return network
 
     def start(
@@ -250,9 +275,9 @@ class Node(Host):
         Without a network it has one of its own with a loopback device only, as ctr does by default.
         """
         if network == "first":
-            if not self._networks:
+            if not self.networks:
                 raise RuntimeError("the node has no network yet: add_network, or start with network=None")
-            network = self._networks[0]
+            network = self.networks[0]
         joined = network if isinstance(network, Network) else None
         pid_file = self.directory / f"{namespace}-{id}.pid"
         argv = ["ctr", "--namespace", namespace, "run", "--detach", "--env", "PATH=/bin", "--pid-file", str(pid_file)]
@@ -320,6 +345,70 @@ class Node(Host):
         """Find a path below this node's cgroups: one in each hierarchy, or the one there is under cgroup v2."""
         return [*CGROUPS.glob(f"{self.directory.name}/{below}"), *CGROUPS.glob(f"*/{self.directory.name}/{below}")]
 
+    # Pods
+
+    def start_pod(
+        self,
+        name: str,
+        *,
+        namespace: str = "default",
+        uid: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
+        network: Network | None = None,
+        host_network: bool = False,
+        host_ports: Sequence[HostPort] = (),
+    ) -> Pod:
+        """Start a pod the way the kubelet does; its containers are started by the pod. ``host_ports`` are CNI's affair.
+
+        On the first network if not told otherwise. With the ``uid`` of a pod whose sandbox ended it is the same pod
+        with another sandbox, else another pod, though the name be the same.
+        """
+        cri = self.cri
+        if host_network:
+            network = None
+        elif network is None:
+            if not self.networks:
+                raise RuntimeError("the node has no network yet: add_network, or start with host_network=True")
+            network = self.networks[0]
+        if network is not None:
+            joined = network
+            eventually(lambda: cri.knows(joined), what=f"the CRI plugin knows the network {network.name}")
+        uid = uid or str(uuid.uuid4())
+        cgroup = f"kubepods/pod{uid}"
+        config = sandbox_config(
+            namespace,
+            name,
+            uid,
+            labels=labels or {},
+            annotations=annotations or {},
+            host_network=host_network,
+            host_ports=host_ports,
+            cgroup=f"/{self.directory.name}/{cgroup}",
+        )
+        id = cri.run_sandbox(config, network.handler if network is not None else "")
+        pod = Pod(cri, id, config, network, lambda id, pid: self._outer_pid(f"{cgroup}/{id}", pid))
+        self._pods.append(pod)
+        return pod
+
+    def stop_pod(self, pod: Pod) -> None:
+        """End a pod with its containers and its network, as the kubelet does; containerd has them still, stopped."""
+        self.cri.stop_sandbox(pod.id)
+        pod.close()
+
+    def remove_pod(self, pod: Pod) -> None:
+        """Remove a pod and its containers; stop it first if it runs."""
+        self.cri.remove_sandbox(pod.id)
+        pod.close()
+        self._pods.remove(pod)
+
+    @property
+    def cri(self) -> Cri:
+        """The calls to containerd's CRI plugin."""
+        if self._cri is None:
+            raise RuntimeError("the node has no pods: make it with cri=True")
+        return self._cri
+
     # What is in the kernel
 
     def tables(self, *, backend: Literal["nft", "legacy"] = "nft") -> str:
@@ -338,8 +427,8 @@ class Node(Host):
             with contextlib.suppress(OSError):
                 freezer.write_text("THAWED")
         try:
-            for container in self._containers:
-                container.close()
+            for place in (*self._containers, *self._pods):
+                place.close()
             super().close()
         finally:
             self._remove_cgroups()
