@@ -1,13 +1,18 @@
-# Everything is done in .venv, which is made anew when pyproject.toml changes. PYTHON is the interpreter it is made with.
+# Everything but `install` is done in .venv, which is made anew when pyproject.toml changes. PYTHON is the interpreter
+# that it is made with.
 PYTHON ?= python3
 CONFIG ?= /etc/ctrport/config.yaml
+ROUNDS ?= 30
+# Where `make install` puts ctrport, and what stands in front of every path of it: for packages.
+PREFIX ?= /opt/ctrport
+DESTDIR ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py ports.py document.py config.py publish.py rules.py firewall/plan.py firewall/text.py
+CORE := model.py ports.py document.py config.py pace.py pods.py publish.py rules.py firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -16,11 +21,11 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo test lint unit node pythons stubs run clean
+.PHONY: help tools venv demo bench test lint unit node pythons stubs run install uninstall clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-8s %s\n' "$$name" "$$text"; done
+		printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 tools:  ## Install the programs that tests and demo need (apt-get, as root), only what is missing
 	@PYTHON="$(PYTHON)" bin/install-tools
@@ -35,6 +40,9 @@ $(READY): pyproject.toml
 
 demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step by step (as root)
 	@$(BIN)/python -m demo.demo
+
+bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 1 minute): make bench ROUNDS=30
+	@$(BIN)/python -m bench.bench --rounds $(ROUNDS)
 
 test: tools lint unit node  ## Check and test everything (as root, some minutes)
 
@@ -60,6 +68,12 @@ stubs: $(READY)  ## Generate daemon/ctrport/api from proto/
 
 run: $(READY)  ## Run the daemon here, on this machine's containerd (as root): make run CONFIG=FILE
 	$(BIN)/ctrport run --config $(CONFIG)
+
+install:  ## Install the daemon with its systemd unit, or upgrade it (as root)
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" PYTHON="$(PYTHON)" bin/install
+
+uninstall:  ## Remove the daemon and every rule of it; /etc/ctrport stays (as root)
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" bin/uninstall
 
 clean:  ## Remove what was built
 	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist

@@ -1,6 +1,7 @@
 """The commands: parse arguments, call, print. What people read goes to stdout, all else to stderr.
 
-Exit status: 0 done, 1 failed, 2 bad usage or bad config. An expected failure is one line, never a traceback.
+Exit status: 0 done, 1 failed, 2 bad usage or bad config, 3 (``plan``) there is something to change. An expected failure
+is one line, never a traceback.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from . import __version__, status, systemd
-from .config import DEFAULT_PATH, Config, ConfigError, parse
+from .config import DEFAULT_PATH, PARTS, Config, ConfigError, parse
 from .containerd import ContainerdError
 from .firewall import FirewallError
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-FAILED, BAD_USAGE = 1, 2
+FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
 
 def main() -> NoReturn:
@@ -105,6 +106,28 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@_config_option
+def plan(path: str) -> None:
+    """Show what `run` would change in the kernel now, as a diff; change nothing. Exits 3 where there is something."""
+    from . import run as daemon
+    from .firewall.detect import detect
+    from .report import pending
+
+    config = _load(path)
+    _as_root("plan")
+    layout = daemon.layout(config)
+    if config.firewall.backend == "auto":
+        _await(detect())
+    lines = _await(pending(config, daemon.firewalls(layout), layout))
+    for line in lines:
+        colour = {"+": "green", "-": "red"}.get(line[:1])
+        click.echo(click.style(line, fg=colour))
+    if lines:
+        raise SystemExit(TO_CHANGE)
+    click.echo("nothing to change")
+
+
+@cli.command()
 @_directory_option
 @click.option("--force", is_flag=True, help="Even while the daemon runs, which will put its rules back.")
 def clean(directory: Path, force: bool) -> None:
@@ -145,10 +168,9 @@ def _table(current: status.Status) -> None:
     colours = {"active": "green", "waiting": "yellow", "conflict": "red", "refused": "red", "unsupported": "red"}
     table = Table("CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON", box=None, header_style="", pad_edge=False)
     for one in current.publications:
-        name = f"{one.namespace}/{one.container}" if one.container else "-"
         state = Text(one.state, style=colours.get(one.state, ""))
         reason = one.reason or (f"since {one.since}" if one.since else "")
-        cells = [name, one.mapping, ",".join(one.addresses) or "-"]
+        cells = [one.name, one.mapping, ",".join(one.addresses) or "-"]
         table.add_row(*(Text(cell, overflow="fold") for cell in cells), state, Text(reason, overflow="fold"))
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:
@@ -158,19 +180,24 @@ def _table(current: status.Status) -> None:
 
 
 def _load(path: str) -> Config:
-    """Read the configuration, or end with every problem it has."""
+    """Read the configuration and the parts beside it, or end with every problem they have."""
     try:
-        text = Path(path).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        _fail(f"{path}: byte {error.start} is not UTF-8; expected YAML text", BAD_USAGE)
-    except OSError as error:
-        _fail(f"{path}: {error.strerror}; expected a configuration file (--config)", BAD_USAGE)
-    try:
-        return parse(text, path)
+        # A hidden file is an editor's, or half of an upload.
+        parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
+        return parse(_text(Path(path)), path, [(str(part), _text(part)) for part in parts])
     except ConfigError as error:
         for problem in error.problems:
             click.echo(str(problem), err=True)
         raise SystemExit(BAD_USAGE) from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        _fail(f"{path}: byte {error.start} is not UTF-8; expected YAML text", BAD_USAGE)
+    except OSError as error:
+        _fail(f"{path}: {error.strerror}; expected a configuration file (--config)", BAD_USAGE)
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:

@@ -16,10 +16,13 @@ from pydantic import Field as Constraint
 
 from . import ports
 from .document import NOTHING, REPORTED, Absent, Document, Location
-from .model import Declaration, Family, Mapping, Protocol, Selector, is_identifier
+from .model import Declaration, Family, Mapping, PodSelector, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
 
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
+
+#: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
+PARTS = "conf.d"
 
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
@@ -44,11 +47,13 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used. ``problems`` is all that is wrong, in the order of the file."""
+    """A configuration that cannot be used. ``problems`` is all that is wrong, in the order of the files."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
-        # An alias brings what is wrong at its anchor up again.
-        self.problems = tuple(sorted(set(problems)))
+        problems = list(problems)
+        files = list(dict.fromkeys(problem.file for problem in problems))
+        # As a set: an alias brings what is wrong at its anchor up again.
+        self.problems = tuple(sorted(set(problems), key=lambda problem: (files.index(problem.file), problem)))
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -141,11 +146,28 @@ class Firewall(_Closed):
     on_stop: OnStop = "keep"
 
 
+_Labels = dict[Annotated[str, StringConstraints(min_length=1)], str]
+
+
+@dataclass(frozen=True)
+class _PodMatch(_Closed):
+    namespace: Annotated[str, AfterValidator(_glob)] | None = None
+    name: Annotated[str, AfterValidator(_glob)] | None = None
+    labels: _Labels = field(default_factory=dict)
+
+
+def _not_any_pod(match: _PodMatch) -> _PodMatch:
+    if match == _PodMatch():
+        raise ValueError(" without a condition, which would match every pod")
+    return match
+
+
 @dataclass(frozen=True)
 class _Match(_Closed):
+    pod: Annotated[_PodMatch, AfterValidator(_not_any_pod)] | None = None
     namespace: Annotated[str, AfterValidator(_glob)] | None = None
     container: Annotated[str, AfterValidator(_glob)] | None = None
-    labels: dict[Annotated[str, StringConstraints(min_length=1)], str] = field(default_factory=dict)
+    labels: _Labels = field(default_factory=dict)
 
 
 def _not_empty(match: _Match) -> _Match:
@@ -185,9 +207,14 @@ _EXPECTED = {
     "firewall.on_stop": "keep or remove",
     "publish": "a list of entries, each with match and ports, or [] for none",
     "publish[]": "a mapping with match and ports",
-    "publish[].match": "a mapping with namespace, container or labels, to say which containers are meant",
+    "publish[].match": "a mapping with pod, namespace, container or labels, to say which containers are meant",
+    "publish[].match.pod": "a mapping with namespace, name or labels of a pod, as Kubernetes knows it",
+    "publish[].match.pod.namespace": "the name of a Kubernetes namespace, in which * ? and [...] match as in a shell",
+    "publish[].match.pod.name": "the name of a pod, in which * ? and [...] match as in a shell",
+    "publish[].match.pod.labels": "a mapping from label to value, such as {app: web}",
+    "publish[].match.pod.labels{}": 'text, or "" for an empty value',
     "publish[].match.namespace": "the name of a containerd namespace, in which * ? and [...] match as in a shell",
-    "publish[].match.container": "the id of a container, in which * ? and [...] match as in a shell",
+    "publish[].match.container": "the id of a container or its name in a pod; * ? and [...] match as in a shell",
     "publish[].match.labels": "a mapping from label to value, such as {app: web}",
     "publish[].match.labels{}": 'text, or "" for an empty value',
     "publish[].ports": 'a list of port mappings, such as ["8080:80"]',
@@ -216,12 +243,24 @@ class Config:
         )
 
 
-def parse(text: str, name: str) -> Config:
+def parse(text: str, name: str, parts: Iterable[tuple[str, str]] = ()) -> Config:
     """Return the configuration that ``text`` holds; ``name`` is the file's, for messages and sources.
 
-    Raises `ConfigError` with every problem there is. Past an error in the YAML itself nothing
-    can be known, so there it is the last. An empty file is a configuration: all defaults, nothing published.
+    ``parts`` are further files, each a name and a text, whose ``publish`` entries come after those of the first.
+    Raises `ConfigError` with every problem there is in any of them. Past an error in the YAML itself nothing can be
+    known, so there it is the last. An empty file is a configuration: all defaults, nothing published.
     """
+    problems: list[Problem] = []
+    file, declarations = _read(text, name, problems)
+    for part_name, part in parts:
+        declarations += _read(part, part_name, problems, part=True)[1]
+    if problems:
+        raise ConfigError(problems)
+    return Config(file.containerd, file.firewall, tuple(declarations))
+
+
+def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) -> tuple[_File, list[Declaration]]:
+    """Read one file, and add what is wrong with it to ``problems``."""
     document = Document(text)
     file = _File()
     if not isinstance(document.content, Absent):
@@ -230,15 +269,26 @@ def parse(text: str, name: str) -> Config:
         except ValidationError as error:
             for fault in error.errors(include_url=False):
                 _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
+    if part and isinstance(document.content, dict):
+        for key in sorted(document.content.keys() & {"containerd", "firewall"}):
+            position = document.position((key,), key=True)
+            document.fault(position, f"`{key}` is set in the main file alone; expected nothing but publish here")
     mappings = _publish(document)
+    problems += (Problem(line, column, message, name) for line, column, message in document.faults)
     if document.faults:
-        raise ConfigError(Problem(line, column, message, name) for line, column, message in document.faults)
+        return file, []
     declarations = []
     for index, entry in enumerate(file.publish):
-        selector = Selector(entry.match.namespace, entry.match.container, tuple(sorted(entry.match.labels.items())))
         line, _ = document.position(("publish", index))
-        declarations.append(Declaration(selector, tuple(mappings[index]), f"{name}:{line}"))
-    return Config(file.containerd, file.firewall, tuple(declarations))
+        declarations.append(Declaration(_selector(entry.match), tuple(mappings[index]), f"{name}:{line}"))
+    return file, declarations
+
+
+def _selector(match: _Match) -> Selector:
+    pod = None
+    if match.pod is not None:
+        pod = PodSelector(match.pod.namespace, match.pod.name, tuple(sorted(match.pod.labels.items())))
+    return Selector(match.namespace, match.container, tuple(sorted(match.labels.items())), pod)
 
 
 # The mappings of an entry, and what this version cannot do with them.
@@ -330,7 +380,7 @@ def _place(location: Location) -> tuple[str, str]:
     for step in location:
         if isinstance(step, int):
             place += "[]"
-        elif place == "publish[].match.labels":
+        elif place in ("publish[].match.labels", "publish[].match.pod.labels"):
             return f"{place}{{}}", f"the label {quoted(step)}"
         else:
             place += f".{step}" if place else step

@@ -127,7 +127,9 @@ class Dataplane:
         """Delete what another ``firewall.chain`` has left of an earlier run; where that fails it says so."""
         for firewall in self._firewalls.values():
             try:
-                if await firewall.sweep():
+                plan = await firewall.plan_sweep()
+                if plan:
+                    await firewall.apply(plan)
                     log.info("chains of another firewall.chain are deleted")
             except FirewallError as error:
                 self.in_line = False

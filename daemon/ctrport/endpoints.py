@@ -48,6 +48,15 @@ def started(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+def netns(pid: int) -> tuple[int, int]:
+    """Return what identifies a process's network namespace: device and inode of its file. Raises ``Gone``."""
+    try:
+        status = os.stat(f"/proc/{pid}/ns/net")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise Gone(f"process {pid} ended") from error
+    return status.st_dev, status.st_ino
+
+
 def node_facts() -> NodeFacts:
     """Return what the node itself decides over publications: whether it forwards, and its addresses."""
     forwarding = _read(Path("/proc/sys/net/ipv4/ip_forward")).strip() == "1"
@@ -127,7 +136,7 @@ class Endpoints:
 
     async def find(self, pid: int) -> Endpoint | Obstacle:
         """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``."""
-        if _netns(pid) == _netns(os.getpid()):
+        if netns(pid) == netns(os.getpid()):
             return HOST_NETWORK
         addresses = local_addresses(_read(Path(f"/proc/{pid}/net/fib_trie")))
         chosen = choose(addresses, routes(_read(Path(f"/proc/{pid}/net/route"))))
@@ -207,14 +216,6 @@ class Endpoints:
             await self._netlink.set_netnsid(pid=pid)  # the kernel chooses
             nsid = (await self._netlink.get_netnsid(pid=pid))["nsid"]
         return int(nsid)
-
-
-def _netns(pid: int) -> tuple[int, int]:
-    try:
-        status = os.stat(f"/proc/{pid}/ns/net")
-    except (FileNotFoundError, ProcessLookupError) as error:
-        raise Gone(f"process {pid} ended") from error
-    return status.st_dev, status.st_ino
 
 
 def _read(path: Path) -> str:

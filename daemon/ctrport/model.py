@@ -137,17 +137,40 @@ class ContainerKey:
 
 
 @dataclass(frozen=True)
-class Container:
-    """A container with a running or paused task.
+class Pod:
+    """A CRI sandbox by the names that Kubernetes has for it: whatever a stranger chose, so not for rules."""
 
-    ``pid`` is its init process as the daemon's own PID namespace counts it. ``started`` is when that process began, in
-    clock ticks since boot (field 22 of /proc/PID/stat, proc(5)): who is first gets a contested port.
+    namespace: str
+    name: str
+    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One container of those that share a network namespace. ``name`` is what the pod calls it, if it is in one."""
+
+    id: str
+    name: str | None
+    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Container:
+    """What is published as one: a container with a running or paused task, or a pod with all of its containers.
+
+    ``key``, ``pid`` and ``started`` are the container's, or those of the pod's sandbox. ``pid`` is its init process as
+    the daemon's own PID namespace counts it. ``started`` is when that process began, in clock ticks since boot (field
+    22 of /proc/PID/stat, proc(5)): who is first gets a contested port. ``members`` are the containers themselves.
     """
 
     key: ContainerKey
     pid: int
     started: int
-    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
+    members: tuple[Member, ...]
+    pod: Pod | None = None
 
 
 @dataclass(frozen=True)
@@ -212,26 +235,62 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class PodSelector:
+    """Which pods a declaration is for. Every condition given must hold; globs as in ``Selector``."""
+
+    namespace: str | None = None
+    name: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
+
+    def matches(self, pod: Pod) -> bool:
+        """Whether ``pod`` is one of those meant."""
+        return (
+            (self.namespace is None or fnmatchcase(pod.namespace, self.namespace))
+            and (self.name is None or fnmatchcase(pod.name, self.name))
+            and all(pod.labels.get(key) == value for key, value in self.labels)
+        )
+
+    def __str__(self) -> str:
+        parts = [f"namespace={self.namespace}"] if self.namespace is not None else []
+        parts += [f"name={self.name}"] if self.name is not None else []
+        parts += [f"label {key}={value}" for key, value in self.labels]
+        return f"pod ({', '.join(parts)})"
+
+
+@dataclass(frozen=True)
 class Selector:
     """Which containers a declaration is for. Every condition given must hold; None or empty is no condition.
 
-    ``namespace`` and ``container`` are shell globs over the whole name, case-sensitive; labels must be equal.
+    ``namespace`` (of containerd) and ``container`` are shell globs over the whole name, case-sensitive; a container
+    goes by its id and, in a pod, by its name there too. ``labels`` are the container's own, and must be equal. ``pod``
+    is for pods alone.
     """
 
     namespace: str | None = None
     container: str | None = None
     labels: tuple[tuple[str, str], ...] = ()
+    pod: PodSelector | None = None
 
     def matches(self, container: Container) -> bool:
-        """Whether ``container`` is one of those meant."""
+        """Whether ``container``, or for a pod one of its containers, is one of those meant."""
         if self.namespace is not None and not fnmatchcase(container.key.namespace, self.namespace):
             return False
-        if self.container is not None and not fnmatchcase(container.key.id, self.container):
+        if self.pod is not None and (container.pod is None or not self.pod.matches(container.pod)):
             return False
-        return all(container.labels.get(key) == value for key, value in self.labels)
+        if self.pod is not None and self.container is None and not self.labels:
+            return True  # the pod as such, whatever runs in it
+        return any(map(self._matches_member, container.members))
+
+    def _matches_member(self, member: Member) -> bool:
+        if self.container is not None:
+            names = (member.id,) if member.name is None else (member.id, member.name)
+            if not any(fnmatchcase(name, self.container) for name in names):
+                return False
+        return all(member.labels.get(key) == value for key, value in self.labels)
 
     def __str__(self) -> str:
         parts = [f"namespace={self.namespace}"] if self.namespace is not None else []
+        parts += [str(self.pod)] if self.pod is not None else []
         parts += [f"container={self.container}"] if self.container is not None else []
         parts += [f"label {key}={value}" for key, value in self.labels]
         return ", ".join(parts)
@@ -250,7 +309,8 @@ class Declaration:
 class Publication:
     """One mapping of one container, with its state.
 
-    ``container`` is None where a declaration matches no container. ``attachments`` are those that the mapping serves,
+    ``container`` is None where a declaration matches no container; for a pod it is the sandbox, and ``pod`` the pod's
+    name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves,
     one a family, and empty unless the state is ACTIVE. ``reason`` is one sentence, empty when ACTIVE.
     """
 
@@ -260,14 +320,25 @@ class Publication:
     state: State
     reason: str = ""
     attachments: tuple[Attachment, ...] = ()
+    pod: str | None = None
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody else who already answers on host ports of this node. ``name`` says who, in words safe to print."""
+
+    name: str
+    mapping: Mapping
 
 
 @dataclass(frozen=True)
 class NodeFacts:
     """What of the node itself decides over publications.
 
-    ``forwarding`` holds the families in which the node forwards packets; ``addresses`` are the node's own.
+    ``forwarding`` holds the families in which the node forwards packets; ``addresses`` are the node's own; ``holders``
+    are those whose host ports are not to be had.
     """
 
     forwarding: frozenset[Family]
     addresses: frozenset[Address]
+    holders: tuple[Holder, ...] = ()

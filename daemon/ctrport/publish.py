@@ -10,6 +10,7 @@ without an address keeps nobody out.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .model import (
     Declaration,
     Endpoint,
     Family,
+    Holder,
     Mapping,
     NodeFacts,
     Obstacle,
@@ -55,6 +57,7 @@ class _Claim:
     mapping: Mapping
     source: str
     attachments: tuple[Attachment, ...]
+    pod: str | None
 
     @property
     def precedence(self) -> tuple[int, ContainerKey, tuple[int, int]]:
@@ -62,8 +65,7 @@ class _Claim:
 
     @property
     def cells(self) -> Iterator[_Cell]:
-        ports = self.mapping.host_ports
-        return ((self.mapping.protocol.value, port) for port in ports or ())
+        return _cells(self.mapping)
 
 
 _Key = tuple[ContainerKey | str, Mapping]  # the container, or the source of a declaration that matches none
@@ -86,10 +88,11 @@ class Publications:
     ) -> None:
         self._declarations = tuple(declarations)
         self._facts = facts
+        self._held = _by_cell(facts.holders)
         self._families = tuple(families)
         self._localhost = localhost
         self._candidates: dict[ContainerKey, Candidate] = {}
-        self._keys: dict[ContainerKey, list[_Key]] = {}
+        self._keys: dict[ContainerKey, dict[_Key, None]] = {}
         self._matching = [0] * len(self._declarations)
         self._claims: dict[_Key, _Claim] = {}
         self._rivals: dict[_Cell, set[_Key]] = {}
@@ -146,6 +149,7 @@ class Publications:
         if facts == self._facts:
             return
         self._facts = facts
+        self._held = _by_cell(facts.holders)
         for candidate in self._candidates.values():
             self._forget(candidate)
             self._consider(candidate)
@@ -182,7 +186,7 @@ class Publications:
 
     def _consider(self, candidate: Candidate) -> None:
         container = candidate.container
-        keys = self._keys[container.key] = []
+        keys = self._keys[container.key] = dict[_Key, None]()
         for index, declaration in enumerate(self._declarations):
             if not declaration.selector.matches(container):
                 continue
@@ -193,13 +197,14 @@ class Publications:
                 key: _Key = (container.key, mapping)
                 if key in keys:  # two declarations ask for the same: the first stands for both
                     continue
-                keys.append(key)
+                keys[key] = None
                 judged = self._judge(candidate, mapping)
                 if isinstance(judged, Obstacle):
                     source, state, reason = declaration.source, judged.state, judged.reason
-                    self._put(Publication(mapping, source, container.key, state, reason))
+                    self._put(Publication(mapping, source, container.key, state, reason, pod=_pod(container)))
                     continue
-                claim = _Claim(container.started, container.key, (index, place), mapping, declaration.source, judged)
+                order, source = (index, place), declaration.source
+                claim = _Claim(container.started, container.key, order, mapping, source, judged, _pod(container))
                 self._claims[key] = claim
                 for cell in claim.cells:
                     self._rivals.setdefault(cell, set()).add(key)
@@ -235,6 +240,9 @@ class Publications:
                 return Obstacle(State.UNSUPPORTED, f"{host_ip} is published only with firewall.localhost: true")
             if not host_ip.is_loopback and host_ip not in self._facts.addresses:
                 return Obstacle(State.WAITING, f"{host_ip} is not an address of this node")
+        holder = self._holder_of(mapping)
+        if holder is not None:
+            return Obstacle(State.CONFLICT, _held_reason(mapping, holder.mapping, holder.name))
         families = [family for family in mapping.families if family in self._families]
         if not families:
             return Obstacle(State.UNSUPPORTED, f"IPv{mapping.families[0].value} cannot be published yet")
@@ -246,6 +254,11 @@ class Publications:
         if not forwarded:
             return Obstacle(State.WAITING, FORWARDING_OFF[Family.of(attachments[0].address)])
         return forwarded
+
+    def _holder_of(self, mapping: Mapping) -> Holder | None:
+        """Return somebody else who has the mapping's host port, or one of its host ports."""
+        holders = (holder for cell in _cells(mapping) for holder in self._held.get(cell, ()))
+        return next((holder for holder in holders if holder.mapping.overlaps(mapping)), None)
 
     @staticmethod
     def _attachments(endpoint: Endpoint, families: Iterable[Family]) -> tuple[Attachment, ...]:
@@ -277,15 +290,41 @@ class Publications:
 
 
 def _decided(claim: _Claim, holder: _Claim | None) -> Publication:
-    if holder is None:
-        return Publication(claim.mapping, claim.source, claim.container, State.ACTIVE, attachments=claim.attachments)
-    reason = f"host port {_contested(claim.mapping, holder.mapping)} is held by {holder.container} ({holder.mapping})"
-    return Publication(claim.mapping, claim.source, claim.container, State.CONFLICT, reason)
+    state, reason = State.ACTIVE, ""
+    if holder is not None:
+        state = State.CONFLICT
+        name = f"pod {holder.pod}" if holder.pod is not None else str(holder.container)
+        reason = _held_reason(claim.mapping, holder.mapping, f"{name} ({holder.mapping})")
+    attachments = () if holder is not None else claim.attachments
+    return Publication(claim.mapping, claim.source, claim.container, state, reason, attachments, claim.pod)
 
 
-def _contested(wanted: Mapping, held: Mapping) -> str:
+_PRINTABLE = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")
+
+
+def _pod(container: Container) -> str | None:
+    """Return a pod's name so that it can be printed: whoever makes a sandbox by hand may call it anything."""
+    if container.pod is None:
+        return None
+    name = str(container.pod)
+    return name if _PRINTABLE.fullmatch(name) else f"{name!a:.80}"
+
+
+def _held_reason(wanted: Mapping, held: Mapping, holder: str) -> str:
     first = max(ports.first for ports in (wanted.host_ports, held.host_ports) if ports is not None)
-    return f"{first}/{wanted.protocol}"
+    return f"host port {first}/{wanted.protocol} is held by {holder}"
+
+
+def _cells(mapping: Mapping) -> Iterator[_Cell]:
+    return ((mapping.protocol.value, port) for port in mapping.host_ports or ())
+
+
+def _by_cell(holders: Iterable[Holder]) -> dict[_Cell, list[Holder]]:
+    by_cell: dict[_Cell, list[Holder]] = {}
+    for holder in holders:
+        for cell in _cells(holder.mapping):
+            by_cell.setdefault(cell, []).append(holder)
+    return by_cell
 
 
 def _mapping_order(mapping: Mapping) -> tuple[str, int, str]:

@@ -21,6 +21,7 @@ from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
 from .firewall import FirewallError
 from .model import ContainerKey, Publication, State
+from .pace import Pace
 from .publish import Change
 from .status import PublicationStatus, Status, shown
 from .survey import Survey
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 TICK = 10.0
 #: Every so many ticks everything is listed again, and the kernel is read.
 TICKS_TO_RESYNC = 6
+#: Transactions that are written as soon as there is something to write, and the seconds that each one more takes when
+#: these are used up: a flood of events is written in few transactions, a single event at once.
+BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
 
@@ -58,6 +62,7 @@ class Reconciler:
         self._dirty: dict[ContainerKey, float] = {}  # when the first event came that it was not looked at for
         self._node_changed = False
         self._wake = asyncio.Event()
+        self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._retry_after = 0.0, RETRY
         self._since: dict[tuple[str, str], datetime] = {}
         self._containerd_state = "not connected"
@@ -127,9 +132,10 @@ class Reconciler:
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
             if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):
+                await asyncio.sleep(self._pace.wait(time.monotonic()))
                 if self._node_changed:
                     self._node_changed = False
-                    self._survey.node()
+                    await self._survey.node()
                 dirty, self._dirty = self._dirty, {}
                 await self._survey.look(dirty)
                 await self._settle(since=min(dirty.values(), default=None))
@@ -151,17 +157,17 @@ class Reconciler:
 
     async def _tick(self, everything: bool) -> None:
         await self._containerd.version()  # the event stream of a containerd that hangs is silent, and says no error
-        self._survey.node()
         if everything:
             await self._survey.everything()
         else:
+            await self._survey.node()
             await self._survey.what_may_heal()
         await self._settle(mend=everything)
 
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         changes = self._survey.publications.settle()
-        was_in_line = self._dataplane.in_line
+        was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
             try:
                 added = await self._dataplane.follow(changes, self._survey.facts.addresses, mend=mend)
@@ -173,6 +179,8 @@ class Reconciler:
                 if self._problem:
                     log.info("the kernel is in line again")
                 self._problem, self._retry_after = "", RETRY
+        if self._dataplane.transactions != transactions:
+            self._pace.take(time.monotonic())
         for change in changes:
             self._note(change, since)
         if changes or mend or self._dataplane.in_line != was_in_line:
@@ -197,26 +205,20 @@ class Reconciler:
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
-                log.info("withdrawn container=%s mapping=%s", publication.container, publication.mapping)
+                log.info("withdrawn %s mapping=%s", _subject(publication), publication.mapping)
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
         if publication.state is State.ACTIVE:
             took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
             where = ",".join(str(attachment.address) for attachment in publication.attachments)
-            log.info(
-                "published container=%s mapping=%s address=%s%s",
-                publication.container,
-                publication.mapping,
-                where,
-                took,
-            )
+            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.mapping, where, took)
         else:
             level = logging.INFO if publication.container is None else logging.WARNING
             log.log(
                 level,
-                "%s container=%s mapping=%s source=%s reason=%r",
-                *(publication.state, publication.container or "none", publication.mapping),
+                "%s %s mapping=%s source=%s reason=%r",
+                *(publication.state, _subject(publication), publication.mapping),
                 *(publication.source, publication.reason),
             )
 
@@ -250,3 +252,9 @@ class Reconciler:
 
 def _name(publication: Publication) -> tuple[str, str]:
     return (str(publication.container or publication.source), str(publication.mapping))
+
+
+def _subject(publication: Publication) -> str:
+    if publication.pod is not None:
+        return f"pod={publication.pod} sandbox={publication.container}"
+    return f"container={publication.container or 'none'}"

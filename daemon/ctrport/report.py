@@ -15,6 +15,7 @@ from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
 from .firewall import Firewall
+from .firewall.text import diff
 from .model import Family, Publication, State
 from .rules import Layout, Rule, owner_of
 from .survey import Survey
@@ -30,7 +31,7 @@ async def without_daemon(
     Raises ``ContainerdError`` or ``FirewallError``.
     """
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints)
+        survey = Survey(config, containerd, endpoints, firewalls.values())
         version = await containerd.version()
         await survey.everything()
     changes = survey.publications.settle()
@@ -49,6 +50,26 @@ async def without_daemon(
         firewall=_summary(due, lost),
         publications=[status.PublicationStatus.of(publication, "") for publication in publications],
     )
+
+
+async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout) -> list[str]:
+    """Return what ``run`` would change in the kernel now, as the lines of a diff; empty where nothing. Changes nothing.
+
+    Raises ``ContainerdError`` or ``FirewallError``.
+    """
+    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+        survey = Survey(config, containerd, endpoints, firewalls.values())
+        await survey.everything()
+        changes = survey.publications.settle()
+    dataplane = Dataplane(firewalls, layout)
+    await dataplane.start()
+    transition = await dataplane.preview(changes, survey.facts.addresses)
+    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in transition.localnet_off]
+    for _, plan in transition.plans:
+        lines += diff(plan)
+    for firewall in firewalls.values():
+        lines += diff(await firewall.plan_sweep())
+    return lines + [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in transition.localnet_on]
 
 
 def _summary(due: Transition, lost: int) -> str:

@@ -58,7 +58,7 @@ async def run(config: Config, directory: Path) -> None:
     its = firewalls(layout(config))
     changed = asyncio.Event()
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints)
+        survey = Survey(config, containerd, endpoints, its.values())
         reconciler = Reconciler(config, containerd, survey, Dataplane(its, layout(config)), changed.set)
         tasks = [
             asyncio.create_task(reconciler.run()),

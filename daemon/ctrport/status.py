@@ -31,10 +31,15 @@ class AlreadyRunning(Exception):
 
 @dataclass(frozen=True)
 class PublicationStatus:
-    """One publication, for people and programs. ``since`` is when its state began, as ISO 8601 in UTC."""
+    """One publication, for people and programs.
+
+    ``pod`` is ``namespace/name``, empty where it is none; ``container`` is a pod's sandbox. ``since`` is when its state
+    began, as ISO 8601 in UTC.
+    """
 
     namespace: str
     container: str
+    pod: str
     mapping: str
     addresses: list[str]
     state: str
@@ -42,12 +47,20 @@ class PublicationStatus:
     source: str
     since: str
 
+    @property
+    def name(self) -> str:
+        """What it is a publication of, for people; "-" where no container matches."""
+        if self.pod:
+            return f"pod:{self.pod}"
+        return f"{self.namespace}/{self.container}" if self.container else "-"
+
     @classmethod
     def of(cls, publication: Publication, since: str) -> PublicationStatus:
         """Return a publication as it is shown."""
         return cls(
             namespace=publication.container.namespace if publication.container else "",
             container=publication.container.id if publication.container else "",
+            pod=publication.pod or "",
             mapping=str(publication.mapping),
             addresses=[str(attachment.address) for attachment in publication.attachments],
             state=str(publication.state),

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import replace
+from typing import TypeVar
 
 from . import endpoints
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
+from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Obstacle, State
+from .pods import Pods, Running
 from .publish import Publications
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -25,83 +31,114 @@ ABREAST = 16
 class Survey:
     """Keeps ``publications`` told of the containers that run, and ``facts`` of the node."""
 
-    def __init__(self, config: Config, containerd: Containerd, finder: Endpoints) -> None:
+    def __init__(
+        self, config: Config, containerd: Containerd, finder: Endpoints, firewalls: Iterable[Firewall]
+    ) -> None:
+        self._firewalls = tuple(firewalls)
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
+        self._pods = Pods()
         self.facts = endpoints.node_facts()
         self.publications = Publications(config.publish, self.facts, localhost=config.firewall.localhost)
 
-    def node(self) -> None:
+    async def node(self) -> None:
         """Look at the node itself."""
-        self.facts = endpoints.node_facts()
+        facts = endpoints.node_facts()
+        try:
+            answers = [await firewall.holders() for firewall in self._firewalls]
+            holders = tuple(holder for answer in answers for holder in answer)
+        except FirewallError as error:
+            log.debug("who else holds host ports cannot be seen, what was known of it stands: %s", error)
+            holders = self.facts.holders
+        self.facts = replace(facts, holders=holders)
         self.publications.learn(self.facts)
 
     async def everything(self) -> None:
-        """Look at every container there is, and forget those that are no more. Raises ``ContainerdError``."""
+        """Look at the node and at every container there is. Raises ``ContainerdError``."""
+        await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
-        keys = {listed.key for listed in found}
-        for candidate in list(self.publications.candidates):
-            if candidate.container.key not in keys:
-                self.publications.update(candidate.container.key, None)
-        await _abreast(self._take_in(listed) for listed in found)
+        gone = dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found}
+        await self._take_in(gone)
 
     async def look(self, keys: Iterable[ContainerKey]) -> None:
         """Look at these containers. Raises ``ContainerdError``."""
-        await _abreast(self._look_at(key) for key in keys)
+        keys = list(keys)
+        answers = await _abreast(self._containerd.container(key) for key in keys)
+        found: dict[ContainerKey, Listed | None] = {}
+        for key, answer in zip(keys, answers, strict=True):
+            if isinstance(answer, Refused):
+                log.warning("container %s cannot be looked at, what was known of it stands: %s", key, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found[key] = answer
+        await self._take_in(found)
 
     async def what_may_heal(self) -> None:
-        """Look at the containers whose endpoint may come without any event. Raises ``ContainerdError``."""
-        await self.look([c.container.key for c in self.publications.candidates if _may_heal(c)])
+        """Look at what has no endpoint yet and may get one without any event."""
+        await self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
 
-    async def _look_at(self, key: ContainerKey) -> None:
-        try:
-            listed = await self._containerd.container(key)
-        except Refused as error:
-            log.warning("container %s cannot be looked at, what was known of it stands: %s", key, error)
-            return
-        if listed is None:
-            self.publications.update(key, None)
-        else:
-            await self._take_in(listed)
+    async def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
+        """Find out what is to be known of these containers; None are those that do not run."""
+        touched: set[ContainerKey] = set()
+        for key, listed in found.items():
+            if listed is not None and listed.pid is None:
+                continue  # whether it runs is not known: what was known stands
+            running = None if listed is None else _running(listed)
+            touched |= self._pods.forget(key) if running is None else self._pods.see(running)
+        await self._judge(touched)
 
-    async def _take_in(self, listed: Listed) -> None:
-        """Find out what is to be known of a container that runs."""
-        if listed.pid is None:
-            return  # whether it runs is not known: what was known stands
-        try:
-            container = Container(listed.key, listed.pid, endpoints.started(listed.pid), listed.labels)
-            if not self.publications.wants(container):
-                self.publications.update(listed.key, None)
-                return
-            endpoint = await self._endpoint(container)
-            if endpoints.started(listed.pid) != container.started:
-                raise Gone(f"process {listed.pid} is another by now")
-        except Gone as gone:
-            log.debug("container %s ended while it was being looked at: %s", listed.key, gone)
-            self.publications.update(listed.key, None)
-            return
-        self.publications.update(listed.key, Candidate(container, endpoint))
+    async def _judge(self, keys: Iterable[ContainerKey]) -> None:
+        """Tell the publications what is now known of what is published under ``keys``."""
+        for result in await _abreast(self._tell(key) for key in keys):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _tell(self, key: ContainerKey) -> None:
+        container = self._pods.get(key)
+        candidate = None
+        if container is not None and self.publications.wants(container):
+            try:
+                candidate = Candidate(container, await self._endpoint(container))
+                if endpoints.started(container.pid) != container.started:
+                    raise Gone(f"process {container.pid} is another by now")
+            except Gone as gone:
+                log.debug("container %s ended while it was being looked at: %s", key, gone)
+                candidate = None
+        self.publications.update(key, candidate)
 
     async def _endpoint(self, container: Container) -> Endpoint | Obstacle:
         known = self.publications.candidate(container.key)
-        if known is not None and known.container == container and isinstance(known.endpoint, Endpoint):
-            return known.endpoint  # the same process: its address does not change
+        if known is not None and isinstance(known.endpoint, Endpoint):
+            process = (known.container.pid, known.container.started)
+            if process == (container.pid, container.started):
+                return known.endpoint  # the same process: its address does not change
         return await self._endpoints.find(container.pid)
 
 
-async def _abreast(looks: Iterable[Coroutine[None, None, None]]) -> None:
-    """Run them side by side, and raise the first error once all have ended."""
+def _running(listed: Listed) -> Running | None:
+    """Return a container as its process shows it, None where the process is gone."""
+    assert listed.pid is not None
+    try:
+        return Running(
+            listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid), listed.labels
+        )
+    except Gone as gone:
+        log.debug("container %s ended while it was being looked at: %s", listed.key, gone)
+        return None
+
+
+async def _abreast(looks: Iterable[Coroutine[None, None, T]]) -> list[T | BaseException]:
+    """Run them side by side, so many at a time; return what each returned or raised."""
     slots = asyncio.Semaphore(ABREAST)
 
-    async def one(look: Coroutine[None, None, None]) -> None:
+    async def one(look: Coroutine[None, None, T]) -> T:
         async with slots:
-            await look
+            return await look
 
-    for result in await asyncio.gather(*map(one, looks), return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+    return await asyncio.gather(*map(one, looks), return_exceptions=True)
 
 
 def _may_heal(candidate: Candidate) -> bool:

@@ -13,6 +13,7 @@ from ctrport.model import (
     ContainerKey,
     Declaration,
     Mapping,
+    Member,
     PortRange,
     Protocol,
     Selector,
@@ -70,7 +71,13 @@ label_texts = st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E), max
 labels = st.dictionaries(label_texts.filter(bool), label_texts, max_size=3)
 
 container_keys = st.builds(ContainerKey, identifiers, identifiers | long_identifiers)
-containers = st.builds(Container, container_keys, st.integers(1, 2**22), st.integers(0, 2**48), labels)
+
+
+def _by_itself(key: ContainerKey, pid: int, started: int, labels: dict[str, str]) -> Container:
+    return Container(key, pid, started, (Member(key.id, None, labels),))
+
+
+containers = st.builds(_by_itself, container_keys, st.integers(1, 2**22), st.integers(0, 2**48), labels)
 
 globs = identifiers | st.sampled_from(["*", "web-*", "web-?", "[a-c]*", "[!a]*", "[]]", "*.service"])
 

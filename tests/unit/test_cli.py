@@ -104,7 +104,10 @@ def test_each_command_has_help(ctrport: Run, command: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]],
+    [
+        *(["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]),
+        *(["plan", "config.yaml"], ["plan", "--config"], ["plan", "--json"]),
+    ],
     ids=" ".join,
 )
 def test_bad_usage_is_2_with_nothing_on_stdout(ctrport: Run, arguments: list[str]) -> None:
@@ -160,23 +163,72 @@ def test_check_of_what_is_not_yaml(ctrport: Run, tmp_path: Path) -> None:
     assert line.startswith(f"{path}:2:1: this is not YAML: ")
 
 
+# conf.d beside the file.
+
+
+def test_check_counts_what_the_files_of_conf_d_add(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    path = written(tmp_path, GOOD)
+    (tmp_path / "conf.d").mkdir()
+    assert ctrport("check", "--config", path) == Ended(0, f"{path}: in order; declarations: 2, mappings: 3\n", "")
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / "conf.d" / name).write_text(GOOD)
+    assert ctrport("check", "--config", path) == Ended(0, f"{path}: in order; declarations: 6, mappings: 9\n", "")
+
+
+def test_other_files_in_conf_d_are_not_read(ctrport: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    (tmp_path / "conf.d" / "deeper.d").mkdir(parents=True)
+    for name in ("README", "a.yml", "a.yaml~", ".a.yaml", "a.yaml.dpkg-old", "deeper.d/a.yaml"):
+        (tmp_path / "conf.d" / name).write_text("publish: 1\n")
+    assert ctrport("check", "--config", path).status == 0
+
+
+def test_the_problems_of_every_file_are_shown_the_main_one_first_then_by_name(ctrport: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, "foo: 1\n")
+    (tmp_path / "conf.d").mkdir()
+    for name in ("20-b.yaml", "10-a.yaml", "3-c.yaml"):
+        (tmp_path / "conf.d" / name).write_text("publish: 1\nfirewall: {}\n")
+    ended = ctrport("check", "--config", path)
+    assert (ended.status, ended.out) == (2, "")
+    parts = [f"{tmp_path}/conf.d/{name}.yaml:{place}" for name in ("10-a", "20-b", "3-c") for place in ("1:10", "2:1")]
+    assert [line.split(": ")[0] for line in ended.err.splitlines()] == [f"{path}:1:1", *parts]
+
+
+@pytest.mark.parametrize("command", ["check", "run", "plan"])
+def test_a_part_in_another_encoding(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
+    path = written(tmp_path, GOOD)
+    part = tmp_path / "conf.d" / "a.yaml"
+    part.parent.mkdir()
+    part.write_bytes(b"\xe9")
+    expected = f"ctrport: {part}: byte 0 is not UTF-8; expected YAML text\n"
+    assert ctrport(command, "--config", path) == Ended(2, "", expected)
+
+
+def test_a_part_that_is_a_directory(ctrport: Run, tmp_path: Path) -> None:
+    path = written(tmp_path, GOOD)
+    (tmp_path / "conf.d" / "a.yaml").mkdir(parents=True)
+    ended = ctrport("check", "--config", path)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(f"ctrport: {tmp_path}/conf.d/a.yaml: Is a directory; expected ")
+
+
 # A file that cannot be read: the same for every command that reads it, and before anything else is asked for.
 
 
-@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize("command", ["check", "run", "plan"])
 def test_a_missing_configuration(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
     path = tmp_path / "none.yaml"
     expected = f"ctrport: {path}: No such file or directory; expected a configuration file (--config)\n"
     assert ctrport(command, "--config", str(path)) == Ended(2, "", expected)
 
 
-@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize("command", ["check", "run", "plan"])
 def test_a_directory_for_a_configuration(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
     expected = f"ctrport: {tmp_path}: Is a directory; expected a configuration file (--config)\n"
     assert ctrport(command, "--config", str(tmp_path)) == Ended(2, "", expected)
 
 
-@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize("command", ["check", "run", "plan"])
 def test_a_configuration_in_another_encoding(ctrport: Run, tmp_path: Path, nobody: None, command: str) -> None:
     path = written(tmp_path, b"# caf\xe9\npublish: []\n")
     expected = f"ctrport: {path}: byte 5 is not UTF-8; expected YAML text\n"
@@ -198,11 +250,12 @@ def test_run_tells_the_problems_of_a_configuration_before_it_asks_for_root(
 
 @pytest.mark.parametrize(
     ("command", "called"),
-    [("run", "run"), ("ps", "ps, while no daemon answers,"), ("clean", "clean")],
+    [("run", "run"), ("ps", "ps, while no daemon answers,"), ("clean", "clean"), ("plan", "plan")],
 )
 def test_what_needs_root_says_so(ctrport: Run, tmp_path: Path, nobody: None, command: str, called: str) -> None:
     options = [] if command == "clean" else ["--config", written(tmp_path, GOOD)]
-    ended = ctrport(command, *options, "--run-dir", str(tmp_path / "run"))
+    options += [] if command == "plan" else ["--run-dir", str(tmp_path / "run")]
+    ended = ctrport(command, *options)
     assert ended == Ended(1, "", f"ctrport: ctrport {called} needs root: it works with the kernel's tables\n")
     assert not (tmp_path / "run").exists()
 
@@ -212,6 +265,7 @@ def test_what_needs_root_says_so(ctrport: Run, tmp_path: Path, nobody: None, com
 ACTIVE = PublicationStatus(
     namespace="default",
     container="web",
+    pod="",
     mapping="8080:80/tcp",
     addresses=["172.17.0.2"],
     state="active",

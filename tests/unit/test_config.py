@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ctrport import config
 from ctrport.config import Config, ConfigError, Containerd, Firewall, Problem
-from ctrport.model import Declaration, Mapping, PortRange, Protocol, Selector
+from ctrport.model import Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
 from tests.unit import strategies
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
@@ -82,6 +82,23 @@ publish:
             ),
         ),
     )
+
+
+def test_pods() -> None:
+    text = """\
+publish:
+- match: {pod: {namespace: shop, name: "web-*", labels: {tier: front, app.kubernetes.io/name: web}}}
+  ports: ["80:8080"]
+- match: {namespace: k8s.io, pod: {labels: {app: ""}}, container: nginx, labels: {a: b}}
+  ports: ["81:81"]
+- match: {pod: {name: 010}}
+  ports: ["82:82"]
+"""
+    first, second, third = (declaration.selector for declaration in config.parse(text, "f").publish)
+    labels = (("app.kubernetes.io/name", "web"), ("tier", "front"))
+    assert first == Selector(pod=PodSelector("shop", "web-*", labels))
+    assert second == Selector("k8s.io", "nginx", (("a", "b"),), PodSelector(labels=(("app", ""),)))
+    assert third == Selector(pod=PodSelector(name="010"))
 
 
 def test_scalars_are_the_text_that_was_written() -> None:
@@ -164,6 +181,86 @@ def test_watches_only_the_namespaces_listed() -> None:
     ) == {"default"}
 
 
+# Further files beside the first.
+
+
+def in_parts(text: str, *parts: str) -> Config:
+    return config.parse(text, "main.yaml", [(f"conf.d/{number}.yaml", part) for number, part in enumerate(parts)])
+
+
+def problems_in_parts(text: str, *parts: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        in_parts(text, *parts)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def entry(container: str, port: int) -> str:
+    return f'publish:\n- match: {{container: {container}}}\n  ports: ["{port}:80"]\n'
+
+
+def test_the_declarations_of_parts_come_after_those_of_the_main_file() -> None:
+    parsed = in_parts("firewall: {chain: PORTS}\n" + entry("z", 1), entry("b", 2), "", "# none\n", entry("a", 3))
+    assert [(declaration.selector.container, declaration.source) for declaration in parsed.publish] == [
+        ("z", "main.yaml:3"),
+        ("b", "conf.d/0.yaml:2"),
+        ("a", "conf.d/3.yaml:2"),
+    ]
+    assert parsed.firewall == Firewall(chain="PORTS")
+
+
+def test_a_main_file_need_not_publish_anything_itself() -> None:
+    assert len(in_parts("", entry("a", 1)).publish) == 1
+    assert in_parts("", "", "publish: []") == Config()
+
+
+def test_a_part_has_a_word_in_which_namespaces_are_watched() -> None:
+    assert in_parts("", "publish: [{match: {namespace: moby}, ports: ['1:1']}]").watches("moby")
+
+
+def test_files_may_claim_one_host_port() -> None:
+    # As entries of one file may: which container comes first is decided when they run.
+    assert len(in_parts(entry("a", 80), entry("b", 80)).publish) == 2
+
+
+@pytest.mark.parametrize("key", ["containerd", "firewall"])
+@pytest.mark.parametrize("value", ["{}", "{chain: X}", "~", "1"])
+def test_a_part_sets_nothing_but_publish(key: str, value: str) -> None:
+    said = problems_in_parts("", f"# a part\n{entry('a', 1)}{key}: {value}\n")
+    refusal = f"conf.d/0.yaml:5:1: `{key}` is set in the main file alone; expected nothing but publish here"
+    assert refusal in said
+    assert all(problem.startswith("conf.d/0.yaml:5:") for problem in said)
+
+
+def test_the_problems_of_all_files_are_reported_at_once_in_the_order_of_the_files() -> None:
+    said = problems_in_parts(
+        "firewall: {on_stop: x}\nfoo: 1\n",
+        "publish:\n- match: {container: a}\n  ports: [80]\nfirewall: {}\ncontainerd: {}\n",
+        entry("good", 1),
+        "publish: [\n",
+        "- a",
+    )
+    assert [": ".join(problem.split(": ")[:1]) for problem in said] == [
+        "main.yaml:1:21",
+        "main.yaml:2:1",
+        "conf.d/0.yaml:3:11",
+        "conf.d/0.yaml:4:1",
+        "conf.d/0.yaml:5:1",
+        "conf.d/2.yaml:2:1",
+        "conf.d/3.yaml:1:1",
+    ]
+
+
+def test_problems_keep_the_order_of_the_files_whatever_these_are_called() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse("x: 1", "z.yaml", [("m.yaml", "x: 1"), ("a.yaml", "x: 1\ny: 2")])
+    assert [(problem.file, problem.line) for problem in caught.value.problems] == [
+        ("z.yaml", 1),
+        ("m.yaml", 1),
+        ("a.yaml", 1),
+        ("a.yaml", 2),
+    ]
+
+
 # The example that is shipped.
 
 
@@ -186,18 +283,28 @@ def test_the_example_names_every_key_with_its_default() -> None:
         assert shown[type(section).__name__.lower()] == values
     entries = yaml.safe_load(uncommented())["publish"]
     assert {key for entry in entries for key in entry} == {field.name for field in fields(config._Entry)}
-    assert {key for entry in entries for key in entry["match"]} == {field.name for field in fields(config._Match)}
+    matches = [entry["match"] for entry in entries]
+    assert {key for match in matches for key in match} == {field.name for field in fields(config._Match)}
+    pods = [match["pod"] for match in matches if "pod" in match]
+    assert {key for pod in pods for key in pod} == {field.name for field in fields(config._PodMatch)}
 
 
 def test_the_commented_entries_of_the_example_are_good() -> None:
-    first, second = config.parse(uncommented(), "f").publish
-    assert str(first.selector) == "namespace=default, container=redis"
-    assert str(second.selector) == "label app=web"
-    assert [str(mapping) for mapping in first.mappings + second.mappings] == [
+    declarations = config.parse(uncommented(), "f").publish
+    assert [str(declaration.selector) for declaration in declarations] == [
+        "namespace=default, container=redis",
+        "label app=web",
+        "pod (namespace=shop, name=web-*)",
+        "pod (label app=dns), container=coredns",
+    ]
+    assert [str(mapping) for declaration in declarations for mapping in declaration.mappings] == [
         "6379:6379/tcp",
         "127.0.0.1:8443:443/tcp",
         "5000-5010:5000-5010/udp",
         "8080:80/tcp",
+        "8081:80/tcp",
+        "192.0.2.7:53:53/udp",
+        "192.0.2.7:53:53/tcp",
     ]
 
 
@@ -227,6 +334,12 @@ publish:
     port: ["1:1"]
   - nothing
   -
+  - match: {pod: {}}
+    ports: ["1:1"]
+  - match: {pod: {namespace: a/b, name: "[a", labels: {app: , "": x}, label: {a: b}}}
+    ports: ["1:1"]
+  - match: {pod: web}
+    ports: ["1:1"]
 """
 
 MANY_PROBLEMS = """\
@@ -265,13 +378,23 @@ f:20:34: '8000-8010:80' has several host ports for one container port, and this 
 f:21:5: an entry of `publish` has no key 'port'; expected match or ports (did you mean ports?)
 f:22:5: an entry of `publish` is 'nothing'; expected a mapping with match and ports
 f:23:4: an entry of `publish` is empty; expected a mapping with match and ports
+f:24:18: `publish[].match.pod` is a mapping without a condition, which would match every pod; expected {pod}
+f:26:30: `publish[].match.pod.namespace` is 'a/b'; expected {pod_namespace_glob}
+f:26:41: `publish[].match.pod.name` is '[a', with a '[' that is not closed; expected {pod_name_glob}
+f:26:56: the label 'app' is empty; expected text, or "" for an empty value
+f:26:63: a label has no name; expected one, such as app in {{app: web}}
+f:26:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
+f:28:18: `publish[].match.pod` is 'web'; expected {pod}
 """.format(
     address="the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     a_namespace="the name of a containerd namespace, such as k8s.io",
     chain="1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
-    match="a mapping with namespace, container or labels, to say which containers are meant",
+    match="a mapping with pod, namespace, container or labels, to say which containers are meant",
     namespace_glob="the name of a containerd namespace, in which * ? and [...] match as in a shell",
-    container_glob="the id of a container, in which * ? and [...] match as in a shell",
+    container_glob="the id of a container or its name in a pod; * ? and [...] match as in a shell",
+    pod="a mapping with namespace, name or labels of a pod, as Kubernetes knows it",
+    pod_namespace_glob="the name of a Kubernetes namespace, in which * ? and [...] match as in a shell",
+    pod_name_glob="the name of a pod, in which * ? and [...] match as in a shell",
     ports='a list of port mappings, such as ["8080:80"]',
     port="a port mapping, [hostIP:][hostPort[-end]:]containerPort[-end][/protocol]",
     ipv4="expected an IPv4 address or none",
@@ -477,6 +600,16 @@ def test_a_bad_glob(key: str, glob: str, why: str) -> None:
     assert f"{why}; expected the " in problem
 
 
+@pytest.mark.parametrize("key", ["namespace", "name"])
+@pytest.mark.parametrize(
+    ("glob", "why"), [("", ""), ("a b", ""), ("[a", ", with a '['"), ("[b-a]", ", with a range"), ("-a", ", which")]
+)
+def test_a_bad_glob_for_pods(key: str, glob: str, why: str) -> None:
+    (problem,) = problems(f'publish: [{{match: {{pod: {{{key}: "{glob}"}}}}, ports: ["1:1"]}}]')
+    assert f"`publish[].match.pod.{key}` is '{glob}'{why}" in problem
+    assert problem.endswith(", in which * ? and [...] match as in a shell")
+
+
 @given(st.text("ab-!]*?[.", max_size=12))
 @example("[b-a]")
 @example("[a-b-a]")
@@ -534,6 +667,7 @@ def test_every_place_of_the_schema_says_what_is_expected() -> None:
             ("firewall", Firewall),
             ("publish[]", config._Entry),
             ("publish[].match", config._Match),
+            ("publish[].match.pod", config._PodMatch),
         ]
         for field in fields(schema)
     }
@@ -543,6 +677,7 @@ def test_every_place_of_the_schema_says_what_is_expected() -> None:
 
 PIECES = [
     *("containerd: ", "firewall: ", "publish: ", "match: ", "ports: ", "labels: ", "namespace: ", "container: "),
+    *("pod: ", "name: "),
     *("address: ", "namespaces: ", "backend: ", "chain: ", "localhost: ", "on_stop: ", "? ", ": ", "<<: ", "- "),
     *("\n", "\n  ", "\n    ", "\t", "{", "}", "[", "]", ", ", "&a ", "*a", "!!str ", "!x ", "~", "'", '"', "|\n", "#"),
     *(

@@ -15,6 +15,9 @@ from ctrport.model import (
     Endpoint,
     Family,
     Mapping,
+    Member,
+    Pod,
+    PodSelector,
     PortRange,
     Selector,
     State,
@@ -131,7 +134,14 @@ def test_addresses_and_networks_have_a_family(
     assert Family.of(value) is family
 
 
-WEB = Container(ContainerKey("k8s.io", "web-1"), 1, 1, {"app": "web", "tier": "front"})
+WEB = Container(ContainerKey("k8s.io", "web-1"), 1, 1, (Member("web-1", None, {"app": "web", "tier": "front"}),))
+POD = Container(
+    ContainerKey("k8s.io", "5efb"),
+    1,
+    1,
+    (Member("91ac", "redis", {"app": "redis"}), Member("77d0", "exporter", {"app": "metrics"})),
+    Pod("prod", "redis-0", {"tier": "back"}),
+)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +163,46 @@ WEB = Container(ContainerKey("k8s.io", "web-1"), 1, 1, {"app": "web", "tier": "f
 )
 def test_a_selector_matches_where_every_condition_holds(selector: Selector, expected: bool) -> None:
     assert selector.matches(WEB) is expected
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [
+        (Selector(container="redis"), True),
+        (Selector(container="91*"), True),
+        (Selector(container="5efb"), False),  # the sandbox is none of the pod's containers
+        (Selector(container="redis-0"), False),  # nor is the pod
+        (Selector(container="redis", labels=(("app", "metrics"),)), False),  # not both of the same container
+        (Selector(labels=(("tier", "back"),)), False),  # the pod's labels are asked for as the pod's
+        (Selector(pod=PodSelector(namespace="pr*", name="redis-?", labels=(("tier", "back"),))), True),
+        (Selector(pod=PodSelector(namespace="test")), False),
+        (Selector(pod=PodSelector(name="redis")), False),
+        (Selector(pod=PodSelector(labels=(("tier", "front"),))), False),
+        (Selector(pod=PodSelector(namespace="prod"), container="exporter"), True),
+        (Selector(pod=PodSelector(namespace="prod"), container="sidecar"), False),
+        (Selector(pod=PodSelector(namespace="prod"), labels=(("app", "redis"),)), True),
+        (Selector(pod=PodSelector(namespace="prod"), namespace="default"), False),
+    ],
+)
+def test_a_pod_matches_by_itself_and_by_each_of_its_containers(selector: Selector, expected: bool) -> None:
+    assert selector.matches(POD) is expected
+
+
+def test_a_pod_selector_does_not_match_what_is_no_pod() -> None:
+    assert not Selector(pod=PodSelector(name="*")).matches(WEB)
+
+
+def test_a_pod_selector_matches_a_pod_in_which_nothing_runs_yet() -> None:
+    empty = Container(ContainerKey("k8s.io", "5efb"), 1, 1, (), Pod("prod", "redis-0"))
+    assert Selector(pod=PodSelector(namespace="prod")).matches(empty)
+    assert not Selector(container="*").matches(empty)
+
+
+def test_a_pod_selector_prints_its_conditions() -> None:
+    pod = PodSelector("prod", "redis-*", (("app", "redis"),))
+    assert str(Selector(pod=pod, container="redis")) == (
+        "pod (namespace=prod, name=redis-*, label app=redis), container=redis"
+    )
 
 
 def test_a_selector_prints_its_conditions() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address
 
 import pytest
@@ -14,9 +15,12 @@ from ctrport.model import (
     Declaration,
     Endpoint,
     Family,
+    Holder,
     Mapping,
+    Member,
     NodeFacts,
     Obstacle,
+    Pod,
     Publication,
     Selector,
     State,
@@ -340,7 +344,7 @@ REASONS: dict[str, tuple[str, Endpoint | Obstacle, NodeFacts, bool, State, str]]
 @pytest.mark.parametrize("case", REASONS)
 def test_a_reason_names_what_is_in_the_way(case: str) -> None:
     mapping, where, facts, localhost, state, reason = REASONS[case]
-    web = Candidate(Container(key("web"), 100, 1), where)
+    web = Candidate(Container(key("web"), 100, 1, (Member("web", None),)), where)
     [publication] = fresh([declaration("web", mapping)], [web], facts, localhost)
     assert (publication.state, publication.reason, publication.attachments) == (state, reason, ())
 
@@ -438,3 +442,57 @@ def test_candidates_are_remembered_until_they_end() -> None:
     publications.update(key("web"), None)
     publications.update(key("web"), None)  # told twice
     assert (publications.candidate(key("web")), list(publications.candidates)) == (None, [])
+
+
+# Others who have a host port
+
+
+def held(mapping: str, name: str = "KUBE-NODEPORTS") -> NodeFacts:
+    return NodeFacts(FACTS.forwarding, FACTS.addresses, (Holder(name, parse(mapping)),))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "state"),
+    [
+        ("30080:80", State.CONFLICT),
+        (f"{NODE4}:30080:80", State.CONFLICT),
+        ("30079-30081:80-82", State.CONFLICT),
+        ("30080:80/udp", State.ACTIVE),
+        ("30081:80", State.ACTIVE),
+    ],
+)
+def test_a_port_that_another_answers_on_is_a_conflict_that_names_it(mapping: str, state: State) -> None:
+    facts = held("30080:30080")
+    [publication] = fresh([declaration("web", mapping)], [candidate("web")], facts, True)
+    assert publication.state is state
+    if state is State.CONFLICT:
+        assert publication.reason == "host port 30080/tcp is held by KUBE-NODEPORTS"
+
+
+def test_what_another_answers_on_is_taken_up_when_he_leaves() -> None:
+    publications = Publications([declaration("web", "8080:80")], held("8080:8080", "CNI-HOSTPORT-DNAT"))
+    publications.update(key("web"), candidate("web"))
+    publications.settle()
+    assert publications.count(State.CONFLICT) == 1
+    publications.learn(FACTS)
+    [change] = publications.settle()
+    assert change.after is not None
+    assert change.after.state is State.ACTIVE
+    publications.learn(held("8080:8080"))
+    publications.settle()
+    assert publications.count(State.ACTIVE) == 0
+
+
+def test_a_pod_goes_by_its_name_and_a_name_that_is_none_is_quoted() -> None:
+    wanted = [declaration("a", "8080:80"), declaration("b", "8080:80", line=2)]
+    publications = Publications(wanted, FACTS)
+    for started, (name, pod) in enumerate((("a", Pod("prod", "redis-0")), ("b", Pod("x\n", "\x1b[2J" * 90)))):
+        one = candidate(name, f"172.17.0.{started + 2}", started=started)
+        publications.update(key(name), replace(one, container=replace(one.container, pod=pod)))
+    publications.settle()
+    first, second = publications
+    assert first.pod == "prod/redis-0"
+    assert second.reason == "host port 8080/tcp is held by pod prod/redis-0 (8080:80/tcp)"
+    assert second.pod is not None
+    assert second.pod.isprintable()
+    assert len(second.pod) <= 80

@@ -52,6 +52,7 @@ def test_a_publication_is_shown_in_words() -> None:
     assert shown == PublicationStatus(
         namespace="default",
         container="web",
+        pod="",
         mapping="127.0.0.1:8080:80/tcp",
         addresses=["172.17.0.2", "fd00::2"],
         state="active",

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
-from ctrport.firewall.text import TAG, arguments, listing, owner, restore_input, saved, tag
+from ctrport.firewall.tables import Tables
+from ctrport.firewall.text import TAG, arguments, diff, holders, listing, owner, restore_input, saved, tag
 from ctrport.model import (
     IDENTIFIER_MAX,
     Attachment,
@@ -299,3 +302,45 @@ def test_our_own_rules_are_read_back_from_a_listing() -> None:
     assert [line.target for line in lines] == [
         *("DNAT", "DNAT", "DNAT", "MASQUERADE", "ACCEPT", "ACCEPT", "ACCEPT", "DROP", "DROP", "MASQUERADE")
     ]
+
+
+# What others have in nat
+
+OTHERS = r"""-N CHAIN
+-A CHAIN -p tcp -m comment --comment "shop/web:http" -m tcp --dport 30080 -j KUBE-EXT-A
+-A CHAIN -d 198.51.100.1/32 -p udp -m comment --comment plain -m udp --dport 5353 -j KUBE-EXT-B
+-A CHAIN -p tcp -m comment --comment "dnat name: \"cbr0\" id: \"5efb\"" -m multiport --dports 8080,8443:8445 -j CNI-DN-7
+-A CHAIN -s 172.17.0.0/16 -p sctp -m sctp --dport 9 -j DNAT --to-destination 172.17.0.2:9
+-A CHAIN -p tcp -m tcp --dport 1 -j RETURN
+-A CHAIN -p tcp -m tcp --dport 2
+-A CHAIN -m comment --comment "no port" -j KUBE-X
+-A CHAIN -p tcp -m tcp --sport 7 -j KUBE-X
+-A CHAIN -p tcp -m tcp --dport 3 -m comment --comment "ctrport default/web 3:80/tcp 9b6a0d4ce34e" -j KUBE-X
+"""
+
+
+def test_who_else_answers_on_a_host_port_is_read_from_the_tables() -> None:
+    found = [(holder.name, str(holder.mapping)) for holder in holders("CHAIN", listing(OTHERS.splitlines()))]
+    assert found == [
+        ("CHAIN (shop/web:http)", "30080:30080/tcp"),
+        ("CHAIN (plain)", "198.51.100.1:5353:5353/udp"),
+        ("CHAIN", "8080:8080/tcp"),
+        ("CHAIN", "8443-8445:8443-8445/tcp"),
+        ("CHAIN", "9:9/sctp"),
+    ]
+
+
+def test_a_plan_reads_as_a_diff() -> None:
+    tables = Tables(MemoryKernel(), Layout())
+
+    async def plans() -> tuple[list[str], list[str]]:
+        await tables.read()
+        first = tables.plan(skeleton(Layout(), Family.IPV4))
+        await tables.apply(first)
+        return diff(first), diff((await tables.plan_removal())[0])
+
+    first, removal = asyncio.run(plans())
+    assert first[:3] == ["*filter", "+ -N DOCKER", "+ -N DOCKER-FORWARD"]
+    assert all(line.startswith(("*", "+ ")) for line in first)
+    assert all(line.startswith(("*", "- ")) for line in removal)
+    assert "- -X DOCKER" in removal

@@ -17,6 +17,7 @@ from ctrport.model import (
     Endpoint,
     Family,
     Mapping,
+    Member,
     NodeFacts,
     Obstacle,
     PortRange,
@@ -53,7 +54,7 @@ def key(name: str) -> ContainerKey:
 def candidate(
     name: str, *addresses: str, started: int = 1, obstacle: Obstacle | None = None, labels: dict[str, str] | None = None
 ) -> Candidate:
-    container = Container(key(name), 100, started, labels or {})
+    container = Container(key(name), 100, started, (Member(name, None, labels or {}),))
     return Candidate(container, obstacle or endpoint(*addresses or ("172.17.0.2",)))
 
 
@@ -116,11 +117,10 @@ endpoints = st.sampled_from(
 candidates = st.builds(
     Candidate,
     st.builds(
-        Container,
-        st.sampled_from(NAMES).map(key),
-        st.just(100),
+        lambda name, started, labels: Container(key(name), 100, started, (Member(name, None, labels),)),
+        st.sampled_from(NAMES),
         st.integers(1, 3),
-        st.sampled_from([{}, {"tier": "front"}]),
+        st.sampled_from([dict[str, str](), {"tier": "front"}]),
     ),
     endpoints,
 )

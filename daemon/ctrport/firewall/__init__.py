@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
+from ..model import Holder
 from ..rules import Difference, LocalnetRecord, Rule
 from .plan import Plan
 
@@ -59,10 +60,14 @@ class Firewall(Protocol):
         """Write a plan. After an error nothing is known of the kernel: ``read`` before planning again."""
         ...
 
-    async def sweep(self) -> bool:
-        """Delete chains of ours that go by another name than the layout's, and return whether there were any.
+    async def holders(self) -> list[Holder]:
+        """Return the host ports that others answer on in the kernel's tables. Raises ``FirewallError``."""
+        ...
 
-        For after a whole plan was applied. Raises ``FirewallError``; then as after ``apply``.
+    async def plan_sweep(self) -> Plan:
+        """Return what deletes chains of ours that go by another name than the layout's.
+
+        For after a whole plan was applied, which takes away the jumps to them. Raises ``FirewallError``.
         """
         ...
 

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
-from ..model import Family
+from ..model import Family, Holder
 from ..rules import USER_CHAIN, Difference, Layout, LocalnetRecord, Rule, Table
 from . import FirewallError, ForeignChain
 from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
-from .text import listing, owner, saved, tag
+from .text import holders, listing, owner, saved, tag
+
+#: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
+HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
 
 
 class Kernel(Protocol):
@@ -79,14 +83,19 @@ class Tables:
             await self._kernel.restore(plan)
         self._ranks = plan.ranks
 
-    async def sweep(self) -> bool:
-        """See ``Firewall.sweep``."""
-        plan = plan_sweep(await self._saved(), self._layout.own_chains)
-        if plan:
-            ranks, self._ranks = self._ranks, None
-            await self._kernel.restore(plan)
-            self._ranks = ranks
-        return bool(plan)
+    async def holders(self) -> list[Holder]:
+        """See ``Firewall.holders``."""
+        chains = [chain for chain in HOLDER_CHAINS if chain != self._layout.chain]
+        answers = await asyncio.gather(*(self._kernel.chain(Table.NAT, chain) for chain in chains))
+        return [
+            holder
+            for chain, lines in zip(chains, answers, strict=True)
+            for holder in holders(chain, listing(lines or ()))
+        ]
+
+    async def plan_sweep(self) -> Plan:
+        """See ``Firewall.plan_sweep``."""
+        return replace(plan_sweep(await self._saved(), self._layout.own_chains), ranks=self._ranks or {})
 
     async def plan_removal(self) -> tuple[Plan, Plan]:
         """See ``Firewall.plan_removal``. Lists whole tables: our chains may have any name."""

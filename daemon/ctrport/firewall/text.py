@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
+from ipaddress import ip_address
 
-from ..model import PortRange
+from ..model import Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
 from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
@@ -64,6 +65,34 @@ def saved(text: str) -> dict[str, list[Line]]:
         elif line.startswith("-A "):
             chains.setdefault(line.split(" ", 2)[1], []).append(_line(line))
     return chains
+
+
+_PORTS = re.compile(r"-p (tcp|udp|sctp) .*?--dports? ([0-9:,]+)(?= |$)")
+_DESTINATION = re.compile(r"(?<!! )-d ([0-9a-f.:]+)(?:/32|/128)? ")
+_NAME = re.compile(r'--comment (?:"([A-Za-z0-9._/: -]{1,120})"|([A-Za-z0-9._/:-]{1,120}))(?= |$)')
+
+
+def holders(chain: str, lines: Iterable[Line]) -> Iterator[Holder]:
+    """Read out of a foreign chain which host ports it answers on, and for whom where a plain comment says so."""
+    for line in lines:
+        found = _PORTS.search(line.text)
+        if line.tag is not None or found is None or line.target in ("", "RETURN"):
+            continue
+        named, to = _NAME.search(line.text), _DESTINATION.search(line.text)
+        name = f"{chain} ({(named[1] or named[2]).strip()})" if named else chain
+        for ports in found[2].split(","):
+            first, _, last = ports.partition(":")
+            each = PortRange(int(first), int(last or first))
+            yield Holder(name, Mapping(ip_address(to[1]) if to else None, each, each, Protocol(found[1])))
+
+
+def diff(plan: Plan) -> list[str]:
+    """Return a plan for people: a line a change, ``+`` what comes and ``-`` what goes, below the table's name."""
+    lines: list[str] = []
+    for block in plan.blocks:
+        lines.append(f"*{block.table}")
+        lines += [f"{'+' if isinstance(op, (New, Add)) else '-'} {_operation(op)}" for op in block.ops]
+    return lines
 
 
 def _line(text: str) -> Line:

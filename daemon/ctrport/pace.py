@@ -1,0 +1,23 @@
+"""How often something may be done: at once while it is rare, and no faster than it pays for when it comes in floods.
+
+Pure: the time is told, never read.
+"""
+
+from __future__ import annotations
+
+
+class Pace:
+    """Lets ``burst`` turns pass at once, and one more every ``interval`` seconds; times are of one monotonic clock."""
+
+    def __init__(self, burst: int, interval: float) -> None:
+        self._interval = interval
+        self._capacity = burst * interval
+        self._spent_until = 0.0  # when all that was spent will have been earned again
+
+    def take(self, now: float) -> None:
+        """Spend a turn."""
+        self._spent_until = max(self._spent_until, now) + self._interval
+
+    def wait(self, now: float) -> float:
+        """Return how many seconds there are until the next turn, 0 where it may be taken at once."""
+        return max(0.0, self._spent_until + self._interval - self._capacity - now)

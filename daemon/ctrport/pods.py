@@ -1,0 +1,108 @@
+"""Which containers are published as one: those of a pod, by its sandbox; each other container by itself.
+
+Pure. The CRI plugin runs a pod as several containers of containerd, one of which, the sandbox, is there to hold the
+network namespace. Which is which says the plugin's own label; whose pod it is, the kubelet's labels and the network
+namespace that sandbox and container share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .model import Container, ContainerKey, Member, Pod
+
+#: Put on by containerd's CRI plugin: "sandbox" or "container".
+KIND = "io.cri-containerd.kind"
+#: Put on by the kubelet (pkg/kubelet/types/labels.go).
+CONTAINER_NAME = "io.kubernetes.container.name"
+POD_NAME = "io.kubernetes.pod.name"
+POD_NAMESPACE = "io.kubernetes.pod.namespace"
+POD_UID = "io.kubernetes.pod.uid"
+
+
+@dataclass(frozen=True)
+class Running:
+    """One container of containerd that runs. ``netns`` identifies its network namespace."""
+
+    key: ContainerKey
+    pid: int
+    started: int
+    netns: tuple[int, int]
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    @property
+    def kind(self) -> str:
+        """ "sandbox" or "container" for what is part of a pod, else empty."""
+        return self.labels.get(KIND, "")
+
+
+#: What a sandbox and the containers of its pod have in common, and no other pod with them.
+_Home = tuple[str, tuple[int, int], str]
+
+
+def _home(running: Running) -> _Home:
+    return (running.key.namespace, running.netns, running.labels.get(POD_UID, ""))
+
+
+class Pods:
+    """Every container that runs, and what it is published as.
+
+    A pod goes by the key of its sandbox. A container whose sandbox does not run is published as nothing.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[ContainerKey, Running] = {}
+        self._sandboxes: dict[_Home, list[ContainerKey]] = {}
+        self._members: dict[_Home, list[ContainerKey]] = {}
+
+    @property
+    def running(self) -> list[ContainerKey]:
+        """Every container it was told of and not told to forget."""
+        return list(self._running)
+
+    def see(self, running: Running) -> set[ContainerKey]:
+        """Take in a container as it runs now. Returns the keys of what is published that this may touch."""
+        touched = self.forget(running.key) if running.key in self._running else set()
+        self._running[running.key] = running
+        if running.kind == "sandbox":
+            self._sandboxes.setdefault(_home(running), []).append(running.key)
+        elif running.kind == "container":
+            self._members.setdefault(_home(running), []).append(running.key)
+        return touched | self._published_as(running)
+
+    def forget(self, key: ContainerKey) -> set[ContainerKey]:
+        """Take out a container that no longer runs. Returns the keys of what is published that this may touch."""
+        running = self._running.get(key)
+        if running is None:
+            return {key}
+        touched = self._published_as(running)
+        del self._running[key]
+        for homes in (self._sandboxes, self._members):
+            keys = homes.get(_home(running), [])
+            if key in keys:
+                keys.remove(key)
+            if not keys:
+                homes.pop(_home(running), None)
+        return touched
+
+    def get(self, key: ContainerKey) -> Container | None:
+        """Return what is published under ``key``, None where that is nothing."""
+        running = self._running.get(key)
+        if running is None or running.kind == "container":
+            return None
+        if running.kind == "sandbox":
+            members = (self._running[member] for member in sorted(self._members.get(_home(running), ())))
+            names = (running.labels.get(POD_NAMESPACE, ""), running.labels.get(POD_NAME, ""))
+            pod = Pod(*names, labels=running.labels)
+            return Container(key, running.pid, running.started, tuple(map(_member, members)), pod)
+        return Container(key, running.pid, running.started, (_member(running),))
+
+    def _published_as(self, running: Running) -> set[ContainerKey]:
+        if running.kind == "container":
+            return set(self._sandboxes.get(_home(running), ()))
+        return {running.key}
+
+
+def _member(running: Running) -> Member:
+    return Member(running.key.id, running.labels.get(CONTAINER_NAME), running.labels)

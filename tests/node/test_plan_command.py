@@ -1,0 +1,211 @@
+"""`ctrport plan`: what `run` would change now, line by line, and nothing changed by asking."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from embedded.node import Node
+from embedded.traffic import Refused, Server, probe_tcp
+from tests.node.daemon import Ctrport, publish, wait_open
+
+WEB = publish(("{container: web}", "8080:80"))
+MAPPING = "8080:80/tcp"
+NOTHING = "nothing to change\n"
+LOCALNET = "net/ipv4/conf/docker0/route_localnet"
+
+
+def plan(ctrport: Ctrport) -> subprocess.CompletedProcess[str]:
+    """Ask for the plan, and see that asking leaves the kernel as it is."""
+    before = kernel(ctrport.node)
+    ended: subprocess.CompletedProcess[str] = ctrport.run("plan", "--config", str(ctrport.config), check=False)
+    assert kernel(ctrport.node) == before
+    return ended
+
+
+def kernel(node: Node) -> tuple[str, str]:
+    """Return all that ctrport changes of a node: the rules of both families, and route_localnet of every device."""
+    localnet = "grep -H . /proc/sys/net/ipv4/conf/*/route_localnet"
+    return node.tables(), node.run("sh", "-c", localnet).stdout
+
+
+def to_change(ctrport: Ctrport) -> list[str]:
+    """Return the lines of a plan that has some: each is a table's name or a change."""
+    ended = plan(ctrport)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    lines: list[str] = ended.stdout.splitlines()
+    assert lines
+    assert all(re.fullmatch(r"\*(raw|nat|filter)|[+-] .+", line) for line in lines)
+    return lines
+
+
+def rules(lines: list[str], sign: str) -> list[tuple[str, str]]:
+    """Return the rules that lines of a plan add or remove, each as table and ``iptables-save`` shows it."""
+    found, table = [], ""
+    for line in lines:
+        if line.startswith("*"):
+            table = line[1:]
+        elif change := re.fullmatch(rf"\{sign} -[AID] (\S+)(?: [0-9]+)? (.+)", line):
+            found.append((table, f"-A {change[1]} {change[2]}"))
+    return found
+
+
+def ours(node: Node) -> list[tuple[str, str]]:
+    """Return the rules of ours that the kernel holds, as `rules` does."""
+    found, table = [], ""
+    for line in node.run("iptables-nft-save").stdout.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif '--comment "ctrport ' in line:
+            found.append((table, line))
+    return found
+
+
+def test_plan_before_the_first_run_shows_what_run_then_does(node: Node, ctrport: Ctrport) -> None:
+    Server(node.start("web"), 80)
+    ctrport.configure(WEB)
+    lines = to_change(ctrport)
+    assert not [line for line in lines if line.startswith("-")]
+    for line in ("+ -N DOCKER", "+ -N DOCKER-USER", "+ sysctl net.ipv4.conf.docker0.route_localnet=1"):
+        assert line in lines
+    assert any("-j DNAT --to-destination 172.17.0.2:80" in line for line in lines)
+    assert isinstance(probe_tcp(node.client, node.address, 8080), Refused)
+    assert not node.path("/run/ctrport").exists()
+
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    assert sorted(rules(lines, "+")) == sorted(ours(node))
+    made = {line[1:].split()[0] for line in node.tables().splitlines() if re.fullmatch(r":DOCKER\S* -", line)}
+    assert {line.removeprefix("+ -N ") for line in lines if line.startswith("+ -N ")} == made
+    assert node.run("cat", f"/proc/sys/{LOCALNET}").stdout == "1\n"
+
+
+def test_plan_without_a_container_shows_the_chains_alone(node: Node, ctrport: Ctrport) -> None:
+    ctrport.configure(WEB)
+    lines = to_change(ctrport)
+    assert "+ -N DOCKER" in lines
+    assert not [line for line in lines if "8080" in line or "sysctl" in line]
+
+
+@pytest.mark.parametrize("daemon", ["running", "stopped"])
+def test_plan_has_nothing_to_change_after_run(node: Node, ctrport: Ctrport, daemon: str) -> None:
+    node.start("web")
+    ctrport.configure(WEB)
+    ctrport.start()
+    ctrport.wait_for(MAPPING, "active")
+    if daemon == "stopped":
+        ctrport.stop()
+    ended = plan(ctrport)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, NOTHING, "")
+
+
+@pytest.mark.parametrize("target", ["DNAT", "ACCEPT", "MASQUERADE"])
+def test_plan_shows_exactly_the_rule_that_is_missing(node: Node, ctrport: Ctrport, target: str) -> None:
+    node.start("web")
+    ctrport.configure(WEB)
+    ctrport.start()
+    ctrport.wait_for(MAPPING, "active")
+    ctrport.stop()
+    [(table, rule)] = [
+        (table, rule) for table, rule in ours(node) if f" default/web {MAPPING} " in rule and f"-j {target}" in rule
+    ]
+    node.run("iptables-nft", "-t", table, *shlex.split(rule.replace("-A", "-D", 1)))
+    lines = to_change(ctrport)
+    assert [line for line in lines if not line.startswith("*")] == [line for line in lines if line.startswith("+ ")]
+    assert rules(lines, "+") == [(table, rule)]
+    assert len(lines) == 2
+    ctrport.start()
+    assert plan(ctrport).stdout == NOTHING
+
+
+def test_plan_shows_what_run_would_take_away(node: Node, ctrport: Ctrport) -> None:
+    web = node.start("web")
+    Server(node.start("shop"), 80)
+    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: shop}", "8081:80")))
+    ctrport.start()
+    ctrport.wait_for(MAPPING, "active")
+    ctrport.stop()
+    node.delete(web)
+    before = ours(node)
+    lines = to_change(ctrport)
+    gone = rules(lines, "-")
+    assert {target for _, rule in gone for target in re.findall(r"-j (\w+)", rule)} == {"DNAT", "ACCEPT", "MASQUERADE"}
+    assert all(f"ctrport default/web {MAPPING} " in rule for _, rule in gone)
+    assert rules(lines, "+") == []
+    ctrport.start()
+    wait_open(node, 8081, "shop")
+    assert sorted(ours(node)) == sorted(set(before) - set(gone))
+
+
+def test_plan_with_the_last_mapping_gone_switches_route_localnet_off_first(node: Node, ctrport: Ctrport) -> None:
+    web = node.start("web")
+    ctrport.configure(WEB)
+    ctrport.start()
+    ctrport.wait_for(MAPPING, "active")
+    ctrport.stop()
+    node.delete(web)
+    lines = to_change(ctrport)
+    assert lines[0] == "- sysctl net.ipv4.conf.docker0.route_localnet=1"
+    assert len([line for line in lines if "ctrport localhost guard" in line and line.startswith("- ")]) == 2
+
+
+def test_plan_of_another_configuration_while_the_daemon_runs(node: Node, ctrport: Ctrport) -> None:
+    # What a restart would do after the file was changed.
+    Server(node.start("web"), [80, 81])
+    ctrport.configure(WEB)
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "8081:81")))
+    lines = to_change(ctrport)
+    assert rules(lines, "-") == []
+    added = rules(lines, "+")
+    assert len(added) == 3
+    assert all("ctrport default/web 8081:81/tcp " in rule for _, rule in added)
+    before = ours(node)
+    ctrport.stop()
+    ctrport.start()
+    wait_open(node, 8081, "web")
+    assert sorted(ours(node)) == sorted(before + added)
+
+
+def test_plan_takes_the_parts_in_conf_d(node: Node, ctrport: Ctrport) -> None:
+    node.start("web")
+    ctrport.configure("")
+    parts = ctrport.config.parent / "conf.d"
+    parts.mkdir()
+    (parts / "web.yaml").write_text(WEB)
+    (parts / "web.yaml.old").write_text("not read: [")
+    assert any(f"ctrport default/web {MAPPING} " in line for line in to_change(ctrport))
+
+
+def test_plan_without_containerd_fails_in_one_line(node: Node, ctrport: Ctrport) -> None:
+    ctrport.configure(WEB)
+    node.stop_containerd()
+    ended = plan(ctrport)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("ctrport: containerd cannot be reached at /run/containerd/containerd.sock: ")
+
+
+def test_plan_beside_a_foreign_chain_says_what_run_would(node: Node, ctrport: Ctrport) -> None:
+    node.run("iptables-nft", "-t", "nat", "-N", "DOCKER")
+    node.run("iptables-nft", "-t", "nat", "-A", "DOCKER", "-i", "docker0", "-j", "RETURN")
+    ctrport.configure(WEB)
+    ended = plan(ctrport)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"ctrport: the chain DOCKER of the table nat is somebody else's .*\n", ended.stderr)
+
+
+def test_plan_needs_root_and_iptables(node: Node, ctrport: Ctrport) -> None:
+    readable = node.path("/run/config.yaml")
+    readable.write_text(WEB)
+    readable.chmod(0o644)
+    ended = ctrport.run_as_nobody("plan", "--config", "/run/config.yaml")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "ctrport: ctrport plan needs root: it works with the kernel's tables\n"
+    ended = ctrport.run("plan", "--config", "/run/config.yaml", check=False, env={"PATH": "/nonexistent"})
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"ctrport: iptables-nft(-save)? is not installed: install iptables .*\n", ended.stderr)
