@@ -10,6 +10,7 @@ import click
 import pytest
 
 from ctrport import cli, config
+from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
 
@@ -88,6 +89,8 @@ def test_configurations_are_taken(page: Path) -> None:
     for language, code in _FENCE.findall(page.read_text()):
         if language == "yaml":
             config.parse(code, page.name)
+            if "conf.d" in code.splitlines()[0]:
+                assert config.parse("", "", [(page.name, code)]).publish
 
 
 def test_the_configuration_in_the_readme_says_the_defaults() -> None:
@@ -96,6 +99,41 @@ def test_the_configuration_in_the_readme_says_the_defaults() -> None:
     for section in (config.Containerd, config.Firewall):
         for key in section.__dataclass_fields__:
             assert f"  {key}: " in everything
+
+
+def test_each_condition_of_an_entry_is_explained() -> None:
+    text = (ROOT / "README.md").read_text()
+    explained = text[text.index("An entry of `publish` has") :]
+    for schema in (config._Entry, config._Match, config._PodMatch):
+        for key in schema.__dataclass_fields__:
+            assert f"`{key}`" in explained, key
+
+
+def test_whatever_holds_a_port_is_named() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "operating.md", ROOT / "CHANGELOG.md"):
+        text = page.read_text()
+        assert [chain for chain in HOLDER_CHAINS if not re.search(rf"\b{chain}\b", text)] == []
+    reasons = re.findall(r"^\| conflict \| host port … is held by ([A-Z-]+) ", _operating(), re.MULTILINE)
+    assert set(reasons) == set(HOLDER_CHAINS)
+
+
+def _operating() -> str:
+    return (ROOT / "docs" / "operating.md").read_text()
+
+
+def test_what_an_installation_writes_is_listed() -> None:
+    listed = re.findall(r"^\| `(/(?:opt|usr|etc)/\S+)` \|", _operating().partition("## Install")[2], re.MULTILINE)
+    assert len(listed) == 5
+    script = (ROOT / "bin" / "install").read_text().replace("$config", "/etc/ctrport")
+    assert [path for path in listed if path not in script] == []
+    for setting in ("PREFIX", "DESTDIR", "PYTHON"):
+        assert setting in _operating()
+
+
+def test_each_exit_status_is_explained() -> None:
+    text = (ROOT / "README.md").read_text()
+    explained = re.findall(r"^\| ([0-9]) \|", text[text.index("| exit status |") :], re.MULTILINE)
+    assert explained == [str(code) for code in (0, cli.FAILED, cli.BAD_USAGE, cli.TO_CHANGE)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
