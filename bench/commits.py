@@ -1,7 +1,7 @@
 """When nf_tables took something over: the kernel's own announcement of each commit, with a time and its writer.
 
 The kernel sends NEWGEN at the end of a commit, in the writer's system call: from then on packets meet the new rules.
-The time is read where the announcement is received, so it includes waking this process up, some 0.1 ms.
+The time is read where the announcement is received, so it includes waking this process up.
 """
 
 from __future__ import annotations

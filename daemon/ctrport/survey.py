@@ -59,8 +59,7 @@ class Survey:
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
-        gone = dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found}
-        await self._take_in(gone)
+        await self._take_in(dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found})
 
     async def look(self, keys: Iterable[ContainerKey]) -> None:
         """Look at these containers. Raises ``ContainerdError``."""
