@@ -123,6 +123,16 @@ class Dataplane:
         off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
         return Transition(plans, off, [record.device for record in wanted if not localnet.is_on(record.device)])
 
+    async def prepare(self) -> None:
+        """Make ready for the next change, while there is time."""
+        for firewall in self._firewalls.values():
+            await firewall.prepare()
+
+    async def close(self) -> None:
+        """Give up what ``prepare`` holds."""
+        for firewall in self._firewalls.values():
+            await firewall.close()
+
     async def sweep(self) -> None:
         """Delete what another ``firewall.chain`` has left of an earlier run; where that fails it says so."""
         for firewall in self._firewalls.values():

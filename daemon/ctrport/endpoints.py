@@ -13,22 +13,12 @@ import errno
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, ip_network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-from pyroute2 import AsyncIPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.rtnl import RTMGRP_IPV4_IFADDR
 
 from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, NodeFacts, Obstacle, State
-
-_RTM_F_FIB_MATCH = 0x2000  # answer with the route that matched, not with one made for the address (linux/rtnetlink.h)
-_RTN_UNICAST, _RTN_LOCAL = 1, 2
-_NSID_NOT_ASSIGNED = 0xFFFFFFFF  # -1 to the kernel, which pyroute2 reads as unsigned
+from .netlink import LOCAL, UNICAST, Link, Netlink
 
 
 class Gone(Exception):
@@ -62,15 +52,6 @@ def node_facts() -> NodeFacts:
     forwarding = _read(Path("/proc/sys/net/ipv4/ip_forward")).strip() == "1"
     addresses = frozenset[Address](local_addresses(_read(Path("/proc/self/net/fib_trie"))))
     return NodeFacts(frozenset({Family.IPV4} if forwarding else ()), addresses)
-
-
-async def node_changes() -> AsyncIterator[None]:
-    """Yield whenever an address of the node's came or went. Raises ``OSError`` where it cannot be told."""
-    async with AsyncIPRoute() as netlink:
-        await netlink.bind(groups=RTMGRP_IPV4_IFADDR)
-        while True:
-            async for _ in netlink.get():
-                yield
 
 
 _LOCAL = re.compile(r"\|-- ([0-9.]+)\n(?:\s+/\d+ .*\n)*?\s+/32 host LOCAL\n")
@@ -122,19 +103,16 @@ def choose(addresses: list[IPv4Address], known: list[Route]) -> tuple[IPv4Addres
 
 
 class Endpoints:
-    """Finds endpoints. An async context manager: it holds one netlink socket."""
+    """Finds endpoints. An async context manager: it holds a netlink socket."""
 
     async def __aenter__(self) -> Endpoints:
-        self._netlink = AsyncIPRoute()
-        await self._netlink.__aenter__()
+        self._netlink = Netlink()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self._netlink.__aexit__(kind, error, traceback)
+    async def __aexit__(self, *exception: object) -> None:
+        self._netlink.close()
 
-    async def find(self, pid: int) -> Endpoint | Obstacle:
+    def find(self, pid: int) -> Endpoint | Obstacle:
         """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``."""
         if netns(pid) == netns(os.getpid()):
             return HOST_NETWORK
@@ -142,80 +120,63 @@ class Endpoints:
         chosen = choose(addresses, routes(_read(Path(f"/proc/{pid}/net/route"))))
         if chosen is None:
             return LOOPBACK_ONLY
-        address, device = chosen
-        found = await self._attachment(pid, address, device)
+        found = self._attachment(pid, *chosen)
         return found if isinstance(found, Obstacle) else Endpoint((found,))
 
-    async def _attachment(self, pid: int, address: IPv4Address, device: str | None) -> Attachment | Obstacle:
+    def _attachment(self, pid: int, address: IPv4Address, device: str | None) -> Attachment | Obstacle:
         try:
-            [route, *_] = await self._netlink.route("get", dst=str(address), flags=_RTM_F_FIB_MATCH)
-        except NetlinkError:
+            route = self._netlink.route(address)
+        except OSError:
             return Obstacle(State.WAITING, f"the host has no route to {address}")
-        if route["type"] == _RTN_LOCAL:
+        if route.kind == LOCAL:
             return Obstacle(State.UNSUPPORTED, f"{address} is an address of the node itself")
-        gateway = route.get_attr("RTA_GATEWAY") or route.get_attr("RTA_VIA")
-        if route["type"] != _RTN_UNICAST or gateway or route.get_attr("RTA_OIF") is None:
-            where = f"only through the gateway {gateway}" if gateway else "by no device of its own"
+        if route.kind != UNICAST or route.gateway or route.device is None:
+            where = f"only through the gateway {route.gateway}" if route.gateway else "by no device of its own"
             return Obstacle(State.WAITING, f"the host reaches {address} {where}: it is not on one of its own networks")
-        [outgoing, *_] = await self._netlink.link("get", index=route.get_attr("RTA_OIF"))
-        name = str(outgoing.get_attr("IFLA_IFNAME"))
-        if DEVICE_NAME.fullmatch(name) is None:
+        try:
+            outgoing = self._netlink.link(index=route.device)
+        except OSError as error:
+            reason = f"the host's device to {address} cannot be found: {error.strerror}"
+            return Obstacle(State.WAITING, reason)
+        if DEVICE_NAME.fullmatch(outgoing.name) is None:
             return Obstacle(State.UNSUPPORTED, f"the host's device to {address} has a name that no rule can hold")
-        obstacle = await self._not_its_own(pid, device or "eth0", outgoing, address)
-        if obstacle is not None:
-            return obstacle
-        network = ip_network((route.get_attr("RTA_DST") or str(address), route["dst_len"]), strict=False)
-        return Attachment(address, name, network)
+        obstacle = self._not_its_own(pid, device or "eth0", outgoing, address)
+        return obstacle or Attachment(address, outgoing.name, route.network)
 
-    async def _not_its_own(self, pid: int, device: str, outgoing: Any, address: IPv4Address) -> Obstacle | None:
+    def _not_its_own(self, pid: int, device: str, outgoing: Link, address: IPv4Address) -> Obstacle | None:
         """Return why the host's device is neither the container's own veth nor the bridge that this veth is a port of.
 
         A rule on any other device, the node's uplink at worst, would be about other people's packets.
         """
-        name = outgoing.get_attr("IFLA_IFNAME")
-        veth = await self._host_side(pid, device)
+        veth = self._host_side(pid, device)
         if isinstance(veth, Obstacle):
             return veth
-        if outgoing["index"] in (veth["index"], veth.get_attr("IFLA_MASTER")):
-            kind = outgoing.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
-            if kind in ("veth", "bridge"):
-                return None
-            return Obstacle(
-                State.UNSUPPORTED, f"{address} is reached through {name}, a {kind} device: only veth and bridge are"
-            )
-        return Obstacle(
-            State.UNSUPPORTED, f"the host reaches {address} through {name}, which is not the container's own device"
-        )
+        way = f"the host reaches {address} through {outgoing.name}"
+        if outgoing.index not in (veth.index, veth.master):
+            return Obstacle(State.UNSUPPORTED, f"{way}, which is not the container's own device")
+        if outgoing.kind not in ("veth", "bridge"):
+            return Obstacle(State.UNSUPPORTED, f"{way}, a {outgoing.kind} device: only veth and bridge can be done")
+        return None
 
-    async def _host_side(self, pid: int, device: str) -> Any:
-        """Return the host's end of a container's veth, or an ``Obstacle``."""
-        inside: Any = None
+    def _host_side(self, pid: int, device: str) -> Link | Obstacle:
+        """Return the host's end of a container's veth, or why there is none."""
+        inside = None
         elsewhere = Obstacle(State.UNSUPPORTED, f"the other end of its {device} is not on this host")
         try:
-            nsid = await self._nsid(pid)
-            [inside, *_] = await self._netlink.link("get", ifname=device, if_netnsid=nsid)
-            kind = inside.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND")
-            if kind != "veth":
-                return Obstacle(
-                    State.UNSUPPORTED, f"its {device} is a {kind or 'physical'} device: only veth can be done"
-                )
-            [outside, *_] = await self._netlink.link("get", index=inside.get_attr("IFLA_LINK"))
-        except NetlinkError as error:
-            if inside is not None and error.code == errno.ENODEV:
+            nsid = self._netlink.nsid(pid)
+            inside = self._netlink.link(name=device, nsid=nsid)
+            if inside.kind != "veth" or inside.peer is None:
+                kind = inside.kind or "physical"
+                return Obstacle(State.UNSUPPORTED, f"its {device} is a {kind} device: only veth can be done")
+            outside = self._netlink.link(index=inside.peer)
+        except OSError as error:
+            if inside is not None and error.errno == errno.ENODEV:
                 return elsewhere
             _read(Path(f"/proc/{pid}/stat"))  # gone is gone, not an obstacle
-            return Obstacle(State.WAITING, f"the host's end of its {device} cannot be found: {os.strerror(error.code)}")
-        if outside.get_attr("IFLA_LINK_NETNSID") != nsid or outside.get_attr("IFLA_LINK") != inside["index"]:
+            return Obstacle(State.WAITING, f"the host's end of its {device} cannot be found: {error.strerror}")
+        if outside.peer_nsid != nsid or outside.peer != inside.index:
             return elsewhere
         return outside
-
-    async def _nsid(self, pid: int) -> int:
-        """Return the id that a process's network namespace has in ours, giving it one where it has none."""
-        nsid = (await self._netlink.get_netnsid(pid=pid))["nsid"]
-        if nsid == _NSID_NOT_ASSIGNED:
-            await self._netlink.set_netnsid(pid=pid)  # the kernel chooses
-            nsid = (await self._netlink.get_netnsid(pid=pid))["nsid"]
-        return int(nsid)
 
 
 def _read(path: Path) -> str:

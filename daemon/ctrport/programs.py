@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -26,8 +27,44 @@ class Ended:
 
 async def run(*argv: str, timeout: float, input: str = "") -> Ended:
     """Run a program with ``input`` on its stdin. Raises ``ProgramError``; after ``timeout`` seconds it is killed."""
+    return await _finished(await _started(argv), argv[0], timeout, input)
+
+
+class Ready:
+    """A program that is started ahead of its input, so that the input need not wait for the start."""
+
+    def __init__(self, *argv: str) -> None:
+        self._argv = argv
+        self._waiting: asyncio.subprocess.Process | None = None
+
+    def waiting(self) -> int | None:
+        """Return the process that waits for its input, if one does."""
+        return self._waiting.pid if self._waiting is not None and self._waiting.returncode is None else None
+
+    async def prepare(self) -> None:
+        """Start it, unless it waits already. Where that fails, ``run`` will say so."""
+        if self.waiting() is None:
+            with contextlib.suppress(ProgramError):
+                self._waiting = await _started(self._argv)
+
+    async def run(self, *, timeout: float, input: str) -> Ended:
+        """Give it its input, and return how it ended; as the function ``run``."""
+        process, self._waiting = self._waiting, None
+        if process is None or process.returncode is not None:
+            process = await _started(self._argv)
+        return await _finished(process, self._argv[0], timeout, input)
+
+    async def close(self) -> None:
+        """End it, if it waits: without input there is nothing for it to do."""
+        process, self._waiting = self._waiting, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def _started(argv: tuple[str, ...]) -> asyncio.subprocess.Process:
     try:
-        process = await asyncio.create_subprocess_exec(
+        return await asyncio.create_subprocess_exec(
             *argv,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -38,10 +75,13 @@ async def run(*argv: str, timeout: float, input: str = "") -> Ended:
         raise NotInstalled(f"{argv[0]} is not installed") from error
     except OSError as error:
         raise ProgramError(f"{argv[0]} could not be started: {error.strerror}") from error
+
+
+async def _finished(process: asyncio.subprocess.Process, name: str, timeout: float, input: str) -> Ended:
     try:
         out, err = await asyncio.wait_for(process.communicate(input.encode()), timeout)
     except asyncio.TimeoutError as error:
-        raise ProgramError(f"{argv[0]} did not end within {timeout:.0f} s") from error
+        raise ProgramError(f"{name} did not end within {timeout:.0f} s") from error
     finally:
         if process.returncode is None:
             process.kill()

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from datetime import datetime, timezone
 
-from . import __version__, endpoints, systemd
+from . import __version__, netlink, systemd
 from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
@@ -82,6 +82,7 @@ class Reconciler:
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
+            await self._dataplane.close()
 
     async def _run(self) -> None:
         while True:
@@ -105,7 +106,7 @@ class Reconciler:
 
     async def _watch_node(self) -> None:
         try:
-            async for _ in endpoints.node_changes():
+            async for _ in netlink.address_changes():
                 self._node_changed = True
                 self._wake.set()
         except OSError as error:
@@ -129,6 +130,7 @@ class Reconciler:
         log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
         systemd.notify("READY=1", f"STATUS={self._summary()}")
         await self._dataplane.sweep()
+        await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
             if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):
@@ -144,6 +146,7 @@ class Reconciler:
                 await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
             else:
                 await self._settle()
+            await self._dataplane.prepare()
         await reader
 
     async def _woken(self, until: float) -> bool:
@@ -161,7 +164,7 @@ class Reconciler:
             await self._survey.everything()
         else:
             await self._survey.node()
-            await self._survey.what_may_heal()
+            self._survey.what_may_heal()
         await self._settle(mend=everything)
 
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:

@@ -59,7 +59,7 @@ class Survey:
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
-        await self._take_in(dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found})
+        self._take_in(dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found})
 
     async def look(self, keys: Iterable[ContainerKey]) -> None:
         """Look at these containers. Raises ``ContainerdError``."""
@@ -73,13 +73,13 @@ class Survey:
                 raise answer
             else:
                 found[key] = answer
-        await self._take_in(found)
+        self._take_in(found)
 
-    async def what_may_heal(self) -> None:
+    def what_may_heal(self) -> None:
         """Look at what has no endpoint yet and may get one without any event."""
-        await self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
+        self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
 
-    async def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
+    def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
         """Find out what is to be known of these containers; None are those that do not run."""
         touched: set[ContainerKey] = set()
         for key, listed in found.items():
@@ -87,34 +87,32 @@ class Survey:
                 continue  # whether it runs is not known: what was known stands
             running = None if listed is None else _running(listed)
             touched |= self._pods.forget(key) if running is None else self._pods.see(running)
-        await self._judge(touched)
+        self._judge(touched)
 
-    async def _judge(self, keys: Iterable[ContainerKey]) -> None:
+    def _judge(self, keys: Iterable[ContainerKey]) -> None:
         """Tell the publications what is now known of what is published under ``keys``."""
-        for result in await _abreast(self._tell(key) for key in keys):
-            if isinstance(result, BaseException):
-                raise result
+        for key in keys:
+            container = self._pods.get(key)
+            wanted = container is not None and self.publications.wants(container)
+            self.publications.update(key, self._candidate(container) if container and wanted else None)
 
-    async def _tell(self, key: ContainerKey) -> None:
-        container = self._pods.get(key)
-        candidate = None
-        if container is not None and self.publications.wants(container):
-            try:
-                candidate = Candidate(container, await self._endpoint(container))
-                if endpoints.started(container.pid) != container.started:
-                    raise Gone(f"process {container.pid} is another by now")
-            except Gone as gone:
-                log.debug("container %s ended while it was being looked at: %s", key, gone)
-                candidate = None
-        self.publications.update(key, candidate)
+    def _candidate(self, container: Container) -> Candidate | None:
+        try:
+            endpoint = self._endpoint(container)
+            if endpoints.started(container.pid) != container.started:
+                raise Gone(f"process {container.pid} is another by now")
+        except Gone as gone:
+            log.debug("container %s ended while it was being looked at: %s", container.key, gone)
+            return None
+        return Candidate(container, endpoint)
 
-    async def _endpoint(self, container: Container) -> Endpoint | Obstacle:
+    def _endpoint(self, container: Container) -> Endpoint | Obstacle:
         known = self.publications.candidate(container.key)
         if known is not None and isinstance(known.endpoint, Endpoint):
             process = (known.container.pid, known.container.started)
             if process == (container.pid, container.started):
                 return known.endpoint  # the same process: its address does not change
-        return await self._endpoints.find(container.pid)
+        return self._endpoints.find(container.pid)
 
 
 def _running(listed: Listed) -> Running | None:

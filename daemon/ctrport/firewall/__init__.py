@@ -64,6 +64,14 @@ class Firewall(Protocol):
         """Return the host ports that others answer on in the kernel's tables. Raises ``FirewallError``."""
         ...
 
+    async def prepare(self) -> None:
+        """Do ahead what can be done ahead of the next ``apply``."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what ``prepare`` holds."""
+        ...
+
     async def plan_sweep(self) -> Plan:
         """Return what deletes chains of ours that go by another name than the layout's.
 

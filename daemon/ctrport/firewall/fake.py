@@ -52,6 +52,12 @@ class MemoryKernel:
         rules = [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
         return "\n".join([f"*{table}", *heads, *rules, "COMMIT", ""])
 
+    async def prepare(self) -> None:
+        """See ``Kernel.prepare``: nothing to do ahead."""
+
+    async def close(self) -> None:
+        """See ``Kernel.close``."""
+
     async def restore(self, plan: Plan) -> None:
         """See ``Kernel.restore``."""
         text = restore_input(plan)

@@ -6,8 +6,11 @@ One process a write, whatever the size of the plan, and one for each chain that 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from ..model import Family
-from ..programs import Ended, NotInstalled, ProgramError, run
+from ..programs import Ended, NotInstalled, ProgramError, Ready, run
 from ..rules import Table
 from . import FirewallError, Unusable
 from .plan import Plan
@@ -25,6 +28,7 @@ class NftCommands:
     def __init__(self, family: Family = Family.IPV4) -> None:
         self.family = family
         self._program = "iptables-nft" if family is Family.IPV4 else "ip6tables-nft"
+        self._restore = Ready(f"{self._program}-restore", "--noflush")
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """See ``Kernel.chain``."""
@@ -45,16 +49,31 @@ class NftCommands:
             raise _error(f"the table {table} could not be listed", ended)
         return ended.out
 
+    async def prepare(self) -> None:
+        """See ``Kernel.prepare``: starting the command takes as long as the change it is to make."""
+        await self._restore.prepare()
+
+    async def close(self) -> None:
+        """See ``Kernel.close``."""
+        await self._restore.close()
+
     async def restore(self, plan: Plan) -> None:
         """See ``Kernel.restore``."""
-        ended = await _run(f"{self._program}-restore", "--noflush", input=restore_input(plan))
+        with _errors():
+            ended = await self._restore.run(timeout=TIMEOUT, input=restore_input(plan))
         if ended.status != 0:
             raise _error("the rules could not be written", ended)
 
 
-async def _run(*argv: str, input: str = "") -> Ended:
+async def _run(*argv: str) -> Ended:
+    with _errors():
+        return await run(*argv, timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
     try:
-        return await run(*argv, timeout=TIMEOUT, input=input)
+        yield
     except NotInstalled as error:
         raise Unusable(f"{error}: install iptables (1.8 or later)") from error
     except ProgramError as error:

@@ -38,6 +38,14 @@ class Kernel(Protocol):
         """Commit a plan's blocks one by one, in order; an error leaves those before it committed."""
         ...
 
+    async def prepare(self) -> None:
+        """Do ahead what can be done ahead of the next ``restore``."""
+        ...
+
+    async def close(self) -> None:
+        """Give up what ``prepare`` holds."""
+        ...
+
 
 class Tables:
     """Keeps rules in the chains of ``layout``. Implements ``Firewall``."""
@@ -92,6 +100,14 @@ class Tables:
             for chain, lines in zip(chains, answers, strict=True)
             for holder in holders(chain, listing(lines or ()))
         ]
+
+    async def prepare(self) -> None:
+        """See ``Firewall.prepare``."""
+        await self._kernel.prepare()
+
+    async def close(self) -> None:
+        """See ``Firewall.close``."""
+        await self._kernel.close()
 
     async def plan_sweep(self) -> Plan:
         """See ``Firewall.plan_sweep``."""
