@@ -17,6 +17,7 @@ from .endpoints import Endpoints
 from .firewall import Firewall
 from .firewall.text import diff
 from .model import Family, Publication, State
+from .publish import Publications
 from .rules import Layout, Rule, owner_of
 from .survey import Survey
 
@@ -30,16 +31,9 @@ async def without_daemon(
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
-    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints, firewalls.values())
-        version = await containerd.version()
-        await survey.everything()
-    changes = survey.publications.settle()
-    dataplane = Dataplane(firewalls, layout)
-    await dataplane.start()
-    due = await dataplane.preview(changes, survey.facts.addresses)
+    found, due, version = await _look(config, firewalls, layout)
     last = status.read(directory)
-    publications = [_as_it_is(publication, due) for publication in survey.publications]
+    publications = [_as_it_is(publication, due) for publication in found]
     lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
     return status.Status(
         version=__version__,
@@ -57,19 +51,27 @@ async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Lay
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
-    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints, firewalls.values())
-        await survey.everything()
-        changes = survey.publications.settle()
-    dataplane = Dataplane(firewalls, layout)
-    await dataplane.start()
-    transition = await dataplane.preview(changes, survey.facts.addresses)
-    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in transition.localnet_off]
-    for _, plan in transition.plans:
+    _, due, _ = await _look(config, firewalls, layout)
+    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
+    for _, plan in due.plans:
         lines += diff(plan)
     for firewall in firewalls.values():
         lines += diff(await firewall.plan_sweep())
-    return lines + [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in transition.localnet_on]
+    return lines + [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
+
+
+async def _look(
+    config: Config, firewalls: dict[Family, Firewall], layout: Layout
+) -> tuple[Publications, Transition, str]:
+    """Return the publications as they should be, what is due in the kernel for them, and containerd's version."""
+    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+        survey = Survey(config, containerd, endpoints, firewalls.values())
+        version = await containerd.version()
+        await survey.everything()
+    changes = survey.publications.settle()
+    dataplane = Dataplane(firewalls, layout)
+    await dataplane.start()
+    return survey.publications, await dataplane.preview(changes, survey.facts.addresses), version
 
 
 def _summary(due: Transition, lost: int) -> str:

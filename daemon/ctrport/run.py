@@ -55,11 +55,12 @@ async def run(config: Config, directory: Path) -> None:
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
-    its = firewalls(layout(config))
+    shape = layout(config)
+    its = firewalls(shape)
     changed = asyncio.Event()
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
         survey = Survey(config, containerd, endpoints, its.values())
-        reconciler = Reconciler(config, containerd, survey, Dataplane(its, layout(config)), changed.set)
+        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape), changed.set)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),

@@ -274,7 +274,7 @@ def plan_removal(held: Mapping[ChainKey, Sequence[Line]]) -> tuple[Plan, Plan]:
     for table in Table:
         chains = {chain: lines for (its, chain), lines in held.items() if its is table}
         used = {line.target for lines in chains.values() for line in lines if line.tag is None}
-        whole: list[Op] = []
+        whole: list[Delete] = []
         for chain, lines in chains.items():
             ours = [line for line in lines if line.tag is not None]
             if chain not in BUILT_IN and not lines and _jumps(chains, chain) and chain not in used:
@@ -284,8 +284,8 @@ def plan_removal(held: Mapping[ChainKey, Sequence[Line]]) -> tuple[Plan, Plan]:
             else:
                 plans[table] += [Remove(chain, line) for line in ours]
         # Chains are emptied first and deleted after: they jump to one another.
-        plans[table] += [Delete(op.chain, whole=False) for op in whole if isinstance(op, Delete)]
-        plans[table] += [op for op in whole if isinstance(op, Delete) and op.whole]
+        plans[table] += [Delete(op.chain, whole=False) for op in whole]
+        plans[table] += [op for op in whole if op.whole]
     first = [Block(table, tuple(plans[table])) for table in (Table.NAT, Table.FILTER) if plans[table]]
     guard = [Block(Table.RAW, tuple(plans[Table.RAW]))] if plans[Table.RAW] else []
     return Plan(tuple(first)), Plan(tuple(guard))
