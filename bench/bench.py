@@ -44,8 +44,13 @@ LONGEST = 150.0
 PATIENCE = 10.0
 
 CTRPORT_PORT, PORTMAP_PORT, CONTAINER_PORT = 8080, 9090, 80
+#: The host ports that each of them publishes all along, of one container on the same bridge.
+NEIGHBOUR = "neighbour"
+CTRPORT_NEIGHBOUR, PORTMAP_NEIGHBOUR = 8081, 9091
 CONFIG = f"""\
 publish:
+  - match: {{namespace: default, container: {NEIGHBOUR}}}
+    ports: ["{CTRPORT_NEIGHBOUR}:{CONTAINER_PORT}"]
   - match: {{namespace: default, container: "web-*"}}
     ports: ["{CTRPORT_PORT}:{CONTAINER_PORT}"]
 """
@@ -143,6 +148,10 @@ def _rounds(node: Node, count: int, interrupts: Interrupts) -> list[Round]:
     daemon = Daemon(node, node.directory / "config.yaml")
     daemon.start()
     other = node.start("portmap", command=SERVER)
+    # One more port is what a node in use sees; what the first one on a bridge takes more is there for both by now.
+    portmap.call(node, "ADD", node.start(NEIGHBOUR, command=SERVER), PORTMAP_NEIGHBOUR, CONTAINER_PORT)
+    for port in (CTRPORT_NEIGHBOUR, PORTMAP_NEIGHBOUR):
+        _answers(node, port)
     rounds: list[Round] = []
     end = time.monotonic() + LONGEST
     with Commits(node) as commits:

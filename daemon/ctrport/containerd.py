@@ -123,10 +123,14 @@ class Refused(ContainerdError):
 
 @dataclass(frozen=True)
 class TaskEvent:
-    """Something happened to this container: look at it again. ``topic`` says what, for people."""
+    """Something happened to this container: look at it again. ``topic`` says what, for people.
+
+    ``pid`` is the init process that the event names, if it names one: where to begin to look, and no truth either.
+    """
 
     key: ContainerKey
     topic: str
+    pid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -446,7 +450,8 @@ def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
             return None
     if not (_checked(envelope.namespace, "namespace") and _checked(container, "container id")):
         return None
-    return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic)
+    pid = payload.pid if isinstance(payload, payloads_pb2.TaskStart) else 0
+    return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic, pid or None)
 
 
 def _listed(key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container) -> Listed | None:

@@ -79,7 +79,9 @@ async def _started(argv: tuple[str, ...]) -> asyncio.subprocess.Process:
 
 async def _finished(process: asyncio.subprocess.Process, name: str, timeout: float, input: str) -> Ended:
     try:
-        out, err = await asyncio.wait_for(process.communicate(input.encode()), timeout)
+        assert process.stdin is not None
+        process.stdin.write(input.encode())  # now, and not some turns of the event loop later
+        out, err = await asyncio.wait_for(process.communicate(b""), timeout)
     except asyncio.TimeoutError as error:
         raise ProgramError(f"{name} did not end within {timeout:.0f} s") from error
     finally:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from . import __version__, netlink, systemd
@@ -40,6 +40,14 @@ BURST, INTERVAL = 10, 0.25
 RETRY = 1.0
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Events about a container that was not looked at since: when the first came, and the process the last named."""
+
+    at: float
+    pid: int | None
+
+
 class Reconciler:
     """Keeps the publications of one node, and the kernel in line with them.
 
@@ -59,7 +67,7 @@ class Reconciler:
         self._survey = survey
         self._dataplane = dataplane
         self._on_change = on_change
-        self._dirty: dict[ContainerKey, float] = {}  # when the first event came that it was not looked at for
+        self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
@@ -117,7 +125,9 @@ class Reconciler:
             async for event in events:
                 if self._config.watches(event.key.namespace):
                     self._events += 1
-                    self._dirty.setdefault(event.key, time.monotonic())
+                    first = self._dirty.get(event.key)
+                    at = time.monotonic() if first is None else first.at
+                    self._dirty[event.key] = _Seen(at, event.pid)
                     self._wake.set()
         finally:
             self._wake.set()
@@ -139,8 +149,8 @@ class Reconciler:
                     self._node_changed = False
                     await self._survey.node()
                 dirty, self._dirty = self._dirty, {}
-                await self._survey.look(dirty)
-                await self._settle(since=min(dirty.values(), default=None))
+                await self._survey.look({key: seen.pid for key, seen in dirty.items()})
+                await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
             elif time.monotonic() >= next_tick:
                 ticks, next_tick = ticks + 1, time.monotonic() + TICK
                 await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)

@@ -364,8 +364,10 @@ class Ruleset:
 
     def replace(self, old: Iterable[Rule], new: Iterable[Rule]) -> Difference:
         """Stop asking for ``old``, ask for ``new``, and return what this changed."""
-        touched = Counter(new)
-        touched.subtract(Counter(old))
+        touched: dict[Rule, int] = {}
+        for rules, by in ((new, 1), (old, -1)):
+            for rule in rules:
+                touched[rule] = touched.get(rule, 0) + by
         added, removed = [], []
         for rule, by in touched.items():
             had = self._asked[rule]

@@ -6,6 +6,7 @@ It only looks. Whoever asks for it decides what follows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 #: How many containers are looked at side by side.
 ABREAST = 16
+#: Turns of the event loop until what was to be asked of containerd is on its way.
+STEPS_TO_ASK = 4
 
 
 class Survey:
@@ -39,6 +42,7 @@ class Survey:
         self._containerd = containerd
         self._endpoints = finder
         self._pods = Pods()
+        self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self.facts = endpoints.node_facts()
         self.publications = Publications(config.publish, self.facts, localhost=config.firewall.localhost)
 
@@ -61,10 +65,20 @@ class Survey:
         found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
         self._take_in(dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found})
 
-    async def look(self, keys: Iterable[ContainerKey]) -> None:
-        """Look at these containers. Raises ``ContainerdError``."""
-        keys = list(keys)
-        answers = await _abreast(self._containerd.container(key) for key in keys)
+    async def look(self, seen: Mapping[ContainerKey, int | None]) -> None:
+        """Look at these containers, each with the process it is said to have. Raises ``ContainerdError``.
+
+        What such a process shows is looked up while containerd answers, and counts if that is the process indeed.
+        """
+        keys = list(seen)
+        asked = asyncio.ensure_future(_abreast(self._containerd.container(key) for key in keys))
+        for _ in range(STEPS_TO_ASK):
+            await asyncio.sleep(0)
+        try:
+            self._look_ahead(pid for pid in seen.values() if pid is not None)
+            answers = await asked
+        finally:
+            asked.cancel()
         found: dict[ContainerKey, Listed | None] = {}
         for key, answer in zip(keys, answers, strict=True):
             if isinstance(answer, Refused):
@@ -74,6 +88,7 @@ class Survey:
             else:
                 found[key] = answer
         self._take_in(found)
+        self._ahead.clear()
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet and may get one without any event."""
@@ -112,7 +127,13 @@ class Survey:
             process = (known.container.pid, known.container.started)
             if process == (container.pid, container.started):
                 return known.endpoint  # the same process: its address does not change
-        return self._endpoints.find(container.pid)
+        return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
+
+    def _look_ahead(self, pids: Iterable[int]) -> None:
+        self._ahead.clear()
+        for pid in pids:
+            with contextlib.suppress(Gone):
+                self._ahead[pid, endpoints.started(pid)] = self._endpoints.find(pid)
 
 
 def _running(listed: Listed) -> Running | None:

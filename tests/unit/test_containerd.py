@@ -58,7 +58,8 @@ def envelope(topic: str, payload: Message, namespace: str = "default", prefix: s
 )
 @pytest.mark.parametrize("prefix", ["", "types.containerd.io/"])
 def test_an_event_names_its_container(topic: str, payload: Message, prefix: str) -> None:
-    assert task_event(envelope(topic, payload, prefix=prefix)) == TaskEvent(WEB, topic)
+    event = task_event(envelope(topic, payload, prefix=prefix))
+    assert event == TaskEvent(WEB, topic, 7 if topic == "/tasks/start" else None)
 
 
 @pytest.mark.parametrize(

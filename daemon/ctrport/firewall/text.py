@@ -25,7 +25,11 @@ _CHAIN = re.compile(r"[A-Za-z0-9_-]{1,28}")
 
 def tag(rule: Rule) -> str:
     """Return the comment that a rule bears in the kernel."""
-    digest = hashlib.sha256(" ".join((rule.chain, *_match(rule.match), *_target(rule))).encode())
+    return _tag(rule, (*_match(rule.match), *_target(rule)))
+
+
+def _tag(rule: Rule, words: tuple[str, ...]) -> str:
+    digest = hashlib.sha256(" ".join((rule.chain, *words)).encode())
     text = f"ctrport {rule.owner} {digest.hexdigest()[:12]}"
     if TAG.fullmatch(text) is None or len(text) > 255:
         raise ValueError(f"not an owner that can be part of a rule: {rule.owner!r}")
@@ -40,7 +44,8 @@ def owner(line_tag: str) -> str:
 
 def arguments(rule: Rule) -> str:
     """Return a rule as iptables takes it behind ``-A CHAIN``."""
-    return " ".join((*_match(rule.match), f'-m comment --comment "{tag(rule)}"', *_target(rule)))
+    match, target = tuple(_match(rule.match)), tuple(_target(rule))
+    return " ".join((*match, f'-m comment --comment "{_tag(rule, match + target)}"', *target))
 
 
 def restore_input(plan: Plan) -> str:

@@ -1,0 +1,77 @@
+"""What an event hints at is looked up ahead, and believed only as far as containerd confirms it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ctrport import config
+from ctrport.containerd import Listed
+from ctrport.model import Attachment, ContainerKey, Endpoint
+from ctrport.survey import Survey
+
+WEB = ContainerKey("default", "web")
+CONFIG = config.parse('publish: [{match: {container: web}, ports: ["8080:80"]}]', "config.yaml")
+
+
+class Finder:
+    """Gives each process an address that tells it; ``asked`` says for whom and when it was asked."""
+
+    def __init__(self, asked: list[str]) -> None:
+        self._asked = asked
+
+    def find(self, pid: int) -> Endpoint:
+        self._asked.append(f"find {pid}")
+        address = ip_address(f"10.{pid >> 16 & 255}.{pid >> 8 & 255}.{pid & 255}")
+        return Endpoint((Attachment(address, "docker0", ip_network(f"{address}/32")),))
+
+
+class Answers:
+    """A containerd that takes its time, and then says that ``web`` is the process ``pid``."""
+
+    def __init__(self, asked: list[str], pid: int | None) -> None:
+        self._asked, self._pid = asked, pid
+
+    async def container(self, key: ContainerKey) -> Listed | None:
+        self._asked.append("ask containerd")
+        await asyncio.sleep(0.01)
+        self._asked.append("answer")
+        return None if self._pid is None else Listed(key, self._pid)
+
+
+def looked(pid: int | None, hint: int | None) -> tuple[list[str], list[str]]:
+    """Return what was asked in which order, and the address that ``web`` got, if it did."""
+    asked: list[str] = []
+    containerd: Any = Answers(asked, pid)
+    finder: Any = Finder(asked)
+    survey = Survey(CONFIG, containerd, finder, ())
+    asyncio.run(survey.look({WEB: hint}))
+    endpoints = (candidate.endpoint for candidate in survey.publications.candidates)
+    return asked, [str(a.address) for e in endpoints if isinstance(e, Endpoint) for a in e.attachments]
+
+
+def address(pid: int) -> str:
+    return f"10.{pid >> 16 & 255}.{pid >> 8 & 255}.{pid & 255}"
+
+
+def test_the_process_that_an_event_names_is_looked_at_while_containerd_answers() -> None:
+    pid = os.getpid()
+    asked, found = looked(pid, hint=pid)
+    assert asked == ["ask containerd", f"find {pid}", "answer"]
+    assert found == [address(pid)]
+
+
+@pytest.mark.parametrize("hint", [os.getppid(), (1 << 22) + 1, None])
+def test_a_hint_that_containerd_does_not_confirm_counts_for_nothing(hint: int | None) -> None:
+    pid = os.getpid()
+    asked, found = looked(pid, hint)
+    assert asked[-2:] == ["answer", f"find {pid}"]
+    assert found == [address(pid)]
+
+
+def test_a_hint_for_what_containerd_does_not_have_publishes_nothing() -> None:
+    assert looked(None, hint=os.getpid())[1] == []
