@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py ports.py document.py config.py pace.py pods.py publish.py rules.py firewall/plan.py firewall/text.py
+CORE := model.py choose.py contest.py owners.py ports.py document.py config.py pace.py pods.py publish.py rules.py \
+	firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -21,7 +22,7 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench test lint unit node pythons stubs run install uninstall clean
+.PHONY: help tools venv demo bench matrix test lint unit node pythons stubs run install uninstall clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -44,6 +45,9 @@ demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step
 bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 1 minute): make bench ROUNDS=30
 	@$(BIN)/python -m bench.bench --rounds $(ROUNDS)
 
+matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 2 minutes)
+	@$(BIN)/python -m tests.matrix
+
 test: tools lint unit node  ## Check and test everything (as root, some minutes)
 
 lint: $(READY)  ## Check style, types, import contracts and generated code
@@ -58,7 +62,7 @@ unit: $(READY)  ## Run the tests without I/O, and see that they cover the core
 	$(BIN)/coverage report --include='$(CORE_FILES)' --skip-covered --fail-under=$(CORE_COVERAGE)
 
 node: tools $(READY)  ## Run the tests with a real containerd, a real kernel and real packets (as root)
-	$(BIN)/python -m pytest tests/node
+	$(BIN)/python -m pytest tests/node --numprocesses 2 --dist loadfile
 
 pythons:  ## Run the unit tests under every Python from 3.10 to 3.13 that is found
 	@bin/test-pythons

@@ -206,18 +206,20 @@ class Place:
         self,
         kind: bsd.SocketKind = bsd.SOCK_STREAM,
         family: bsd.AddressFamily = bsd.AF_INET,
+        proto: int = 0,
     ) -> bsd.socket:
         """Return a new socket in this network namespace. Note that an open socket keeps the namespace alive."""
-        return self.sockets(1, kind, family)[0]
+        return self.sockets(1, kind, family, proto)[0]
 
     def sockets(
         self,
         count: int,
         kind: bsd.SocketKind = bsd.SOCK_STREAM,
         family: bsd.AddressFamily = bsd.AF_INET,
+        proto: int = 0,
     ) -> list[bsd.socket]:
         """Return ``count`` new sockets in this network namespace, for the price of one visit."""
-        return self._inside(("net",), lambda: [bsd.socket(family, kind) for _ in range(count)])
+        return self._inside(("net",), lambda: [bsd.socket(family, kind, proto) for _ in range(count)])
 
     def path(self, path: str | Path) -> Path:
         """Return where a path in here is found from outside: a file to read or write, a Unix socket to connect to."""

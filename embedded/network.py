@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,11 @@ class Network:
             if directory == self.directory:
                 return name
         raise RuntimeError(f"network {self.name}: there are runtime handlers for {len(HANDLERS)} more than the first")
+
+    @property
+    def gateway(self) -> str:
+        """The node's own IPv4 address on it, which host-local takes from the front."""
+        return str(ipaddress.ip_network(self.subnet)[1])
 
     @property
     def plugin(self) -> dict[str, Any]:

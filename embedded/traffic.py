@@ -104,12 +104,13 @@ Outcome = Reply | Refused | TimedOut | Unreachable
 
 
 class Server:
-    """A TCP or UDP server on one or many ports of a place; ends with it, or by close().
+    """A server on one or many ports of a place, TCP if not told otherwise; ends with it, or by close().
 
     It answers each connection at once, then again whenever more arrives on it, and each datagram, always with the line
     ``<name> <peer address> <peer port> <own port>``. ``visits`` has what it answered, oldest first.
 
-    ``address`` is where it listens. A UDP server on the wildcard of a host with several addresses may answer from
+    ``kind`` and ``proto`` are those of its sockets: SCTP is SOCK_STREAM with IPPROTO_SCTP. ``address`` is where it
+    listens, IPv6 only where that is one. A UDP server on the wildcard of a host with several addresses may answer from
     another than was asked, as such servers do: give it one.
     """
 
@@ -119,6 +120,7 @@ class Server:
         ports: int | Iterable[int],
         *,
         kind: socket.SocketKind = socket.SOCK_STREAM,
+        proto: int = 0,
         name: str | None = None,
         address: str = "0.0.0.0",
     ) -> None:
@@ -129,7 +131,7 @@ class Server:
         self._stop, stopped = socket.socketpair()
         self._selector.register(stopped, selectors.EVENT_READ)
         wanted = [ports] if isinstance(ports, int) else list(ports)
-        listening = place.sockets(len(wanted), kind, _family(address))
+        listening = place.sockets(len(wanted), kind, _family(address), proto)
         try:
             for listener, port in zip(listening, wanted, strict=True):
                 self._selector.register(listener, selectors.EVENT_READ)
@@ -218,13 +220,20 @@ class Server:
 
 
 def probe_tcp(
-    place: Place, address: str, port: int, *, source: tuple[str, int] | None = None, timeout: float = 2.0
+    place: Place,
+    address: str,
+    port: int,
+    *,
+    source: tuple[str, int] | None = None,
+    timeout: float = 2.0,
+    proto: int = 0,
 ) -> Outcome:
     """Connect from ``place`` and wait for a line; a server that closes without one gives a Reply without text.
 
-    The connection is reset at the end, so that the same ``source`` can be used again at once.
+    ``proto`` is for what else has connections: IPPROTO_SCTP. The connection is reset at the end, so that the same
+    ``source`` can be used again at once.
     """
-    with place.socket(socket.SOCK_STREAM, _family(address)) as client, _outcome() as outcome:
+    with place.socket(socket.SOCK_STREAM, _family(address), proto) as client, _outcome() as outcome:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.settimeout(timeout)

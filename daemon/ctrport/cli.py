@@ -107,7 +107,8 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
 
 @cli.command()
 @_config_option
-def plan(path: str) -> None:
+@_directory_option
+def plan(path: str, directory: Path) -> None:
     """Show what `run` would change in the kernel now, as a diff; change nothing. Exits 3 where there is something."""
     from . import run as daemon
     from .firewall.detect import detect
@@ -118,7 +119,7 @@ def plan(path: str) -> None:
     layout = daemon.layout(config)
     if config.firewall.backend == "auto":
         _await(detect())
-    lines = _await(pending(config, daemon.firewalls(layout), layout))
+    lines = _await(pending(config, _await(daemon.firewalls(layout)), layout, directory))
     for line in lines:
         colour = {"+": "green", "-": "red"}.get(line[:1])
         click.echo(click.style(line, fg=colour))
@@ -139,7 +140,7 @@ def clean(directory: Path, force: bool) -> None:
     _as_root("clean")
     if status.is_running(directory) and not force:
         _fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
-    firewalls = daemon.firewalls(Layout())
+    firewalls = _await(daemon.firewalls(Layout()))
     removed = [_await(remove_everything(firewall)) for firewall in firewalls.values()]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
 
@@ -156,7 +157,7 @@ def _without_daemon(config: Config, directory: Path) -> status.Status:
     from .report import without_daemon
 
     layout = daemon.layout(config)
-    return _await(without_daemon(config, daemon.firewalls(layout), layout, directory))
+    return _await(without_daemon(config, _await(daemon.firewalls(layout)), layout, directory))
 
 
 def _table(current: status.Status) -> None:
@@ -170,7 +171,7 @@ def _table(current: status.Status) -> None:
     for one in current.publications:
         state = Text(one.state, style=colours.get(one.state, ""))
         reason = one.reason or (f"since {one.since}" if one.since else "")
-        cells = [one.name, one.mapping, ",".join(one.addresses) or "-"]
+        cells = [one.name, one.bound or one.mapping, ",".join(one.addresses) or "-"]
         table.add_row(*(Text(cell, overflow="fold") for cell in cells), state, Text(reason, overflow="fold"))
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from ipaddress import ip_network
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
@@ -16,13 +17,16 @@ from pydantic import Field as Constraint
 
 from . import ports
 from .document import NOTHING, REPORTED, Absent, Document, Location
-from .model import Declaration, Family, Mapping, PodSelector, Protocol, Selector, is_identifier
+from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
 
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
 
 #: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
 PARTS = "conf.d"
+
+#: What ``firewall.reserve_limit`` may be at most: every port of three protocols.
+MOST_RESERVED = 3 * 65535
 
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
@@ -31,6 +35,7 @@ DOCKERD_NAMESPACE = "moby"
 Backend = Literal["auto", "iptables-nft"]
 Position = Literal["auto", "first", "last"]
 OnStop = Literal["keep", "remove"]
+Masquerade = Literal["hairpin", "all"]
 
 
 @dataclass(frozen=True, order=True)
@@ -104,6 +109,32 @@ def _boolean(value: object) -> bool:
     return value.lower() == "true"
 
 
+def _count(text: object) -> int:
+    if not isinstance(text, str) or re.fullmatch(r"0|[1-9][0-9]{0,5}", text) is None or int(text) > MOST_RESERVED:
+        raise ValueError
+    return int(text)
+
+
+def _source(text: str) -> str:
+    if "%" in text:
+        raise ValueError(", with a zone, which no rule can hold")
+    try:
+        return str(ip_network(text))
+    except ValueError:
+        pass
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError from None
+    raise ValueError(f", which is a host in {network}")
+
+
+def _interface(text: str) -> str:
+    if DEVICE_NAME.fullmatch(text) is None or text in (".", ".."):
+        raise ValueError
+    return text
+
+
 def _glob(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9._*?\[\]!-]+", text) is None:
         raise ValueError
@@ -143,6 +174,8 @@ class Firewall(_Closed):
     chain: Annotated[str, AfterValidator(_chain)] = "DOCKER"
     position: Position = "auto"
     localhost: Annotated[bool, BeforeValidator(_boolean)] = True
+    masquerade: Masquerade = "hairpin"
+    reserve_limit: Annotated[int, BeforeValidator(_count)] = 4096
     on_stop: OnStop = "keep"
 
 
@@ -181,6 +214,8 @@ class _Entry(_Closed):
     match: Annotated[_Match, AfterValidator(_not_empty)]
     # Text still: a mapping is checked beside those before it, whatever else is wrong in the entry.
     ports: Annotated[tuple[str, ...], Constraint(min_length=1)]
+    sources: Annotated[tuple[Annotated[str, AfterValidator(_source)], ...], Constraint(min_length=1)] | None = None
+    interface: Annotated[str, AfterValidator(_interface)] | None = None
 
 
 @dataclass(frozen=True)
@@ -199,14 +234,18 @@ _EXPECTED = {
     "containerd.address": "the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     "containerd.namespaces": "a list of containerd namespaces, such as [default, k8s.io], or [] for all",
     "containerd.namespaces[]": "the name of a containerd namespace, such as k8s.io",
-    "firewall": "a mapping with backend, chain, position, localhost and on_stop, or the key left out",
+    "firewall": (
+        "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
+    ),
     "firewall.backend": "auto or iptables-nft",
     "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
     "firewall.position": "auto, first or last",
     "firewall.localhost": "true or false",
+    "firewall.masquerade": "hairpin or all",
+    "firewall.reserve_limit": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
     "firewall.on_stop": "keep or remove",
     "publish": "a list of entries, each with match and ports, or [] for none",
-    "publish[]": "a mapping with match and ports",
+    "publish[]": "a mapping with match and ports, and perhaps sources and interface",
     "publish[].match": "a mapping with pod, namespace, container or labels, to say which containers are meant",
     "publish[].match.pod": "a mapping with namespace, name or labels of a pod, as Kubernetes knows it",
     "publish[].match.pod.namespace": "the name of a Kubernetes namespace, in which * ? and [...] match as in a shell",
@@ -219,6 +258,9 @@ _EXPECTED = {
     "publish[].match.labels{}": 'text, or "" for an empty value',
     "publish[].ports": 'a list of port mappings, such as ["8080:80"]',
     "publish[].ports[]": f"a port mapping, {ports.GRAMMAR}",
+    "publish[].sources": "a list of the networks that may reach the ports, such as [192.0.2.0/24, 2001:db8::/32]",
+    "publish[].sources[]": "an address or a network, such as 192.0.2.0/24",
+    "publish[].interface": "the name of one of the node's devices, such as eth0",
 }
 
 
@@ -280,7 +322,9 @@ def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) 
     declarations = []
     for index, entry in enumerate(file.publish):
         line, _ = document.position(("publish", index))
-        declarations.append(Declaration(_selector(entry.match), tuple(mappings[index]), f"{name}:{line}"))
+        selector, source = _selector(entry.match), f"{name}:{line}"
+        access = Access(tuple(ip_network(each) for each in entry.sources or ()), entry.interface)
+        declarations.append(Declaration(selector, tuple(mappings[index]), source, access))
     return file, declarations
 
 
@@ -291,7 +335,7 @@ def _selector(match: _Match) -> Selector:
     return Selector(match.namespace, match.container, tuple(sorted(match.labels.items())), pod)
 
 
-# The mappings of an entry, and what this version cannot do with them.
+# The mappings of an entry.
 
 
 def _publish(document: Document) -> list[list[Mapping]]:
@@ -321,10 +365,6 @@ def _mappings(document: Document, entry: int, specs: list[object]) -> list[Mappi
         except PortSpecError as error:
             document.fault(position, str(error))
             continue
-        unsupported = _unsupported(mapping)
-        if unsupported is not None:
-            document.fault(position, f"{quoted(spec)} {unsupported}")
-            continue
         claimed = [(mapping.protocol, port) for port in mapping.host_ports or ()]
         rivals = (rival for claim in claimed for rival in claims.get(claim, ()))
         first = next((f"{quoted(text)} on line {at}" for rival, text, at in rivals if rival.overlaps(mapping)), None)
@@ -334,19 +374,6 @@ def _mappings(document: Document, entry: int, specs: list[object]) -> list[Mappi
             claims.setdefault(claim, []).append((mapping, spec, position[0]))
         mappings.append(mapping)
     return mappings
-
-
-def _unsupported(mapping: Mapping) -> str | None:
-    """Say what of a mapping that is good `-p` this version cannot do yet, as the end of a sentence."""
-    if mapping.protocol is Protocol.SCTP:
-        return "is for sctp, which this version does not publish yet; expected tcp or udp"
-    if mapping.host_ip is not None and Family.of(mapping.host_ip) is Family.IPV6:
-        return "has an IPv6 host address, which this version does not publish on yet; expected an IPv4 address or none"
-    if mapping.host_ports is None:
-        return "has no host port, and this version does not choose one yet; expected hostPort:containerPort"
-    if len(mapping.host_ports) != len(mapping.container_ports):
-        return "has several host ports for one container port, and this version does not choose one yet; expected one"
-    return None
 
 
 # From pydantic's errors to sentences.

@@ -13,8 +13,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 
-from .model import Address, Attachment, Mapping, PortRange, Protocol
+from .model import Address, Attachment, Family, Mapping, PortRange, Protocol
 from .programs import ProgramError, run
 
 #: Seconds that listing or removing flows may take before it is given up.
@@ -48,12 +49,17 @@ class Opened:
     mapping: Mapping
     attachment: Attachment
 
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Of which families its flows are."""
+        return (Family.of(self.attachment.address),)
+
     def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
         """Whether ``flow`` was decided without the rule.
 
         A TCP connection to a program on the host itself is left alone: it was there first, and is not of the mapping.
         """
-        if not _to_host_port(flow, self.mapping, node) or _leads_to(flow, self.mapping, self.attachment):
+        if not _to_host_port(flow, self, node) or _leads_to(flow, self.mapping, self.attachment):
             return False
         return flow.translated or flow.protocol is not Protocol.TCP
 
@@ -62,15 +68,22 @@ class Opened:
 class Closed:
     """A mapping whose rules were taken away: no flow through it may go on.
 
-    ``attachment`` is None where the rules were an earlier run's, and where they led is not known.
+    ``attachment`` is None where the rules were an earlier run's, and where they led is not known. Where other rules
+    came in their place, for others than before perhaps, TCP ``connections`` are left alone.
     """
 
     mapping: Mapping
     attachment: Attachment | None
+    connections: bool = True
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """Of which families its flows are; where that is not known, of which they can be."""
+        return self.mapping.families if self.attachment is None else (Family.of(self.attachment.address),)
 
     def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
         """Whether ``flow`` went through the mapping."""
-        if not _to_host_port(flow, self.mapping, node):
+        if not _to_host_port(flow, self, node) or (flow.protocol is Protocol.TCP and not self.connections):
             return False
         return flow.translated if self.attachment is None else _leads_to(flow, self.mapping, self.attachment)
 
@@ -82,28 +95,61 @@ def _leads_to(flow: Flow, mapping: Mapping, attachment: Attachment) -> bool:
     return flow.reply_source == attachment.address and flow.reply_port == flow.port + offset
 
 
-def _to_host_port(flow: Flow, mapping: Mapping, node: Collection[Address]) -> bool:
+def _to_host_port(flow: Flow, touched: Opened | Closed, node: Collection[Address]) -> bool:
     """Whether a flow was sent to a host port of the mapping: at the node, not just through it to another host."""
-    ports = mapping.host_ports
+    mapping, ports = touched.mapping, touched.mapping.host_ports
     if flow.protocol is not mapping.protocol or ports is None or not ports.first <= flow.port <= ports.last:
+        return False
+    if Family.of(flow.destination) not in touched.families:
         return False
     if not mapping.any_host_ip:
         return flow.destination == mapping.host_ip
-    return flow.destination.is_loopback or flow.destination in node
+    if flow.destination.is_loopback:
+        return flow.destination.version == 4  # no rule is about ::1
+    return flow.destination in node
+
+
+def tracked() -> frozenset[Protocol]:
+    """Return the protocols whose connections this kernel tracks: without, nothing of them can be translated.
+
+    A kernel that tracks nothing yet, as no rule asked for it, is taken to track all.
+    """
+    if not _SETTINGS.exists() or (_SETTINGS / "nf_conntrack_sctp_timeout_closed").exists():
+        return frozenset(Protocol)
+    return frozenset({Protocol.TCP, Protocol.UDP})
+
+
+_SETTINGS = Path("/proc/sys/net/netfilter")
 
 
 async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
     """Remove the flows that ``touched`` mappings made stale, and return how many kinds of flow that were.
 
-    ``node`` are the node's own addresses. Raises ``ConntrackError``; what was removed until then stays so.
+    ``node`` are the node's own addresses. Raises ``ConntrackError``, but does in the other family what can be done;
+    what was removed stays so.
     """
+    removed = 0
+    failed: ConntrackError | None = None
+    for family in Family:
+        try:
+            removed += await _drop_stale([one for one in touched if family in one.families], node, family)
+        except ConntrackError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return removed
+
+
+async def _drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address], family: Family) -> int:
     removed = 0
     for protocol in sorted({one.mapping.protocol for one in touched}):
         ours = [one for one in touched if one.mapping.protocol is protocol]
-        flows = parse(await _run("-L", "-p", protocol.value, *_narrowed(ours)))
+        # Said each time: what conntrack takes where it is not said differs between its versions.
+        kind = ("-f", f"ipv{family.value}", "-p", protocol.value)
+        flows = parse(await _run("-L", *kind, *_narrowed(ours)))
         stale = {flow for flow in flows if any(one.is_stale(flow, node) for one in ours)}
         for key in sorted({_key(flow) for flow in stale}):
-            await _run("-D", "-p", protocol.value, *key)
+            await _run("-D", *kind, *key)
             removed += 1
     return removed
 

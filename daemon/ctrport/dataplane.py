@@ -1,32 +1,34 @@
-"""What the kernel is made to hold for the publications: rules, ``route_localnet`` and no stale flows, in a safe order.
+"""What the kernel is made to hold for the publications: sockets, rules, switches and no stale flows, in a safe order.
 
-The guard of 127.0.0.0/8 is in place before ``route_localnet`` is switched on, and goes after it was switched off. Flows
-are looked at after the rules, for a packet in between would make them stale again.
+A host port is reserved before there are rules for it, and let go when they are gone. The guard of 127.0.0.0/8 is in
+place before ``route_localnet`` is switched on, and goes after it was switched off. Flows are looked at after the rules,
+for a packet in between would make them stale again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
 
-from . import conntrack, localnet, ports
+from . import conntrack, hairpin, localnet
 from .conntrack import Closed, ConntrackError, Opened
 from .firewall import Firewall, FirewallError
 from .firewall.plan import Plan
 from .firewall.text import owner
-from .model import Address, Family, Publication
-from .ports import PortSpecError
+from .hostports import Claim, Held, NotOnNode, Reservations
+from .listeners import UNKNOWN
+from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, PortRange, Publication
+from .owners import LocalnetRecord, Owner, owner_of
 from .publish import Change
 from .rules import (
     Difference,
     Layout,
-    LocalnetRecord,
     Rule,
     Ruleset,
     needs_localnet,
-    owner_of,
     rules_at,
     rules_for,
     skeleton,
@@ -37,32 +39,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Transition:
-    """What brings the kernel in line: plans, and the devices to switch route_localnet off for before, on for after."""
+    """What brings the kernel in line: plans, and the devices to switch route_localnet off for before, on for after.
+
+    ``hairpin_on`` are the bridge ports to switch hairpin mode on for.
+    """
 
     plans: Sequence[tuple[Firewall, Plan]]
     localnet_off: Sequence[str]
     localnet_on: Sequence[str]
+    hairpin_on: Sequence[str]
 
     def __bool__(self) -> bool:
-        return any(plan for _, plan in self.plans) or bool(self.localnet_off or self.localnet_on)
+        return any(plan for _, plan in self.plans) or bool(self.localnet_off or self.localnet_on or self.hairpin_on)
 
 
 class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
     At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
-    the plans that were written.
+    the plans that were written. ``chosen`` are the host ports that an earlier run chose, once it has looked; several
+    for one mapping where two declarations ask for it and differ in who may reach it.
     """
 
-    def __init__(self, firewalls: Mapping[Family, Firewall], layout: Layout) -> None:
+    def __init__(
+        self, firewalls: MappingABC[Family, Firewall], layout: Layout, reservations: Reservations | None = None
+    ) -> None:
         self._firewalls = dict(firewalls)
         self._layout = layout
         self._wanted = Ruleset(rule for family in firewalls for rule in skeleton(layout, family))
         self._node: frozenset[Address] = frozenset()
         self._active: dict[str, Publication] = {}
+        # Asked for None: one that holds no socket yet is empty, and so counts as False.
+        self._reservations = Reservations(0) if reservations is None else reservations
+        self._remarks: dict[str, str] = {}
+        self._fresh: set[str] = set()  # whose host ports were reserved since the last change was followed
+        self._vacated: set[str] = set()  # whose host ports are to be let go when their rules are gone
+        self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
+        self._hairpins_ours: set[str] = set()
         self._localnet_ours: dict[str, bool] = {}
         self._touched: list[Opened | Closed] = []
         self._complaint = ""
+        self.chosen: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
         self.in_line = False
         self.transactions = 0
 
@@ -72,6 +89,75 @@ class Dataplane:
             await firewall.read()
             for record in firewall.localnet_records:
                 self._localnet_ours[record.device] = record.ours
+            for its in firewall.chosen:
+                if its.bound.host_ports is not None:
+                    before = self.chosen.get((its.container, its.mapping), ())
+                    # Both families say it; and ports are chosen upwards, so the first goes to who asks first.
+                    self.chosen[its.container, its.mapping] = tuple(sorted({*before, its.bound.host_ports}))
+
+    def reserve(self, changes: Sequence[Change]) -> list[Holder]:
+        """Have the host ports of what is to be active held by sockets; return who holds those that were not had."""
+        held: list[Holder] = []
+        for after in (change.after for change in changes):
+            if after is None or after.bound is None:
+                continue
+            held += self._reserve(after)
+        return held
+
+    def reserve_again(self) -> list[Holder]:
+        """Try again what could not be reserved of what is active; return whose sockets hold such host ports by now."""
+        held: list[Holder] = []
+        for its in [its for its, remark in self._remarks.items() if remark and its in self._active]:
+            if self._reservations.is_full():
+                break
+            held += self._reserve(self._active[its])
+        return held
+
+    def _reserve(self, publication: Publication) -> list[Holder]:
+        its, claim = owner_of(publication), _claim(publication)
+        if its not in self._active:
+            self._fresh.add(its)
+        # A port that was named is the operator's affair; one that is chosen is not to be one that the node uses. Other
+        # than one that an earlier run chose: meanwhile a connection may have it, which is no reason to give it up.
+        if publication.mapping.dynamic and its not in self._remarks and not self._was_chosen(publication):
+            used = self._reservations.in_use(claim)
+            if used:
+                return [_holder(Held(claim.protocol, address, port, UNKNOWN)) for address, port in used]
+        try:
+            self._remarks[its] = self._reservations.take(its, claim)
+        except Held as other:
+            return [_holder(other)]
+        except NotOnNode as reason:
+            self._remarks[its] = f"not reserved: {reason}"  # just coming or going: worth trying again
+        return []
+
+    def _was_chosen(self, publication: Publication) -> bool:
+        """Whether an earlier run chose the host ports that a publication has."""
+        assert publication.container is not None
+        assert publication.bound is not None
+        ports = publication.bound.host_ports
+        return ports is not None and ports in self.chosen.get((publication.container, publication.mapping), ())
+
+    def still_held(self, holders: Iterable[Holder]) -> list[Holder]:
+        """Return those of ``holders``, as they were found by ``reserve``, that are there still."""
+        found: list[Holder] = []
+        for holder in holders:
+            mapping = holder.mapping
+            assert mapping.host_ip is not None
+            assert mapping.host_ports is not None
+            try:
+                self._reservations.take(holder, Claim(mapping.protocol, mapping.host_ports, (mapping.host_ip,)))
+            except Held as other:
+                found.append(_holder(other))
+            except NotOnNode:
+                continue
+            else:
+                self._reservations.release(holder)
+        return found
+
+    def remark(self, publication: Publication) -> str:
+        """Return what is to be said of an active publication's host ports; empty where they are reserved."""
+        return self._remarks.get(owner_of(publication), "") if publication.bound is not None else ""
 
     async def follow(self, changes: Sequence[Change], node: Collection[Address], *, mend: bool = False) -> int:
         """Make the kernel hold what changed, in one transaction a family, and return how many rules that added.
@@ -81,13 +167,16 @@ class Dataplane:
         Raises ``FirewallError``.
         """
         difference = self._take_in(changes, node)
+        self._give_up_unused()
         if mend or not self.in_line:
             return await self._mend()
         if difference:
             self.in_line = False
             plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
             off = [record.device for record in _records(difference.removed) if record.ours]
-            await self._write(Transition(plans, off, [record.device for record in _records(difference.added)]))
+            on = [record.device for record in _records(difference.added)]
+            active = [change.after for change in changes if change.after is not None]
+            await self._write(Transition(plans, off, on, self._hairpins_due(active)))
             self.in_line = True
         return len(difference.added)
 
@@ -106,6 +195,7 @@ class Dataplane:
         self._touched += _opened(self._active[its] for its in restored if its in self._active)
         removed = {owner(each) for _, plan in transition.plans for each in plan.removed_tags}
         self._touched += _vacated(sorted(removed), self._active.values())
+        self._touched += _narrowed(self._active[its] for its in sorted(removed) if its in self._active)
         return len(added)
 
     async def _transition(self) -> Transition:
@@ -121,7 +211,8 @@ class Dataplane:
         for device in self._localnet_ours.keys() - needed:
             del self._localnet_ours[device]  # an earlier run's: its record goes with its rule
         off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
-        return Transition(plans, off, [record.device for record in wanted if not localnet.is_on(record.device)])
+        on = [record.device for record in wanted if not localnet.is_on(record.device)]
+        return Transition(plans, off, on, self._hairpins_due(self._active.values()))
 
     async def prepare(self) -> None:
         """Make ready for the next change, while there is time."""
@@ -129,9 +220,10 @@ class Dataplane:
             await firewall.prepare()
 
     async def close(self) -> None:
-        """Give up what ``prepare`` holds."""
+        """Give up what ``prepare`` holds, and the host ports."""
         for firewall in self._firewalls.values():
             await firewall.close()
+        self._reservations.close()
 
     async def sweep(self) -> None:
         """Delete what another ``firewall.chain`` has left of an earlier run; where that fails it says so."""
@@ -156,9 +248,7 @@ class Dataplane:
         try:
             await conntrack.drop_stale(touched, self._node)
         except ConntrackError as error:
-            if str(error) != self._complaint:
-                log.warning("%s", error)
-            self._complaint = str(error)
+            self._complain(str(error))
         else:
             self._complaint = ""
 
@@ -170,6 +260,57 @@ class Dataplane:
             await firewall.apply(plan)
         for device in transition.localnet_on:
             _switch(device, True)
+        self._switch_hairpins(transition.hairpin_on)
+        self._release(self._vacated - self._active.keys())
+        self._vacated.clear()
+
+    def _give_up_unused(self) -> None:
+        """Let go of what was reserved for publications that were not to be active after all, and have no rules."""
+        self._release(self._fresh - self._active.keys() - self._vacated)
+        self._fresh.clear()
+
+    def _release(self, owners: Iterable[str]) -> None:
+        for its in owners:
+            self._reservations.release(its)
+            self._remarks.pop(its, None)
+
+    def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
+        """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""
+        due: dict[str, None] = {}
+        needed: dict[tuple[str, Family], bool] = {}
+        asked: set[str] = set()  # a container can have thousands of mappings behind one port
+        for attachment in (each for publication in publications for each in _bridged(publication)):
+            assert attachment.port is not None
+            key = (attachment.device, Family.of(attachment.address))
+            try:
+                if key not in needed:
+                    needed[key] = hairpin.is_needed(*key)
+                if needed[key] and attachment.port not in asked:
+                    asked.add(attachment.port)
+                    if not hairpin.is_on(attachment.port):
+                        due[attachment.port] = None
+            except OSError as error:
+                self._complain(f"the hairpin mode of {attachment.port} cannot be told: {error.strerror}")
+        return list(due)
+
+    def _switch_hairpins(self, on: Sequence[str]) -> None:
+        off = [port for port in self._hairpins_ours if port not in self._behind]
+        for port in (*off, *on):
+            try:
+                switched = hairpin.switch(port, port in on)
+            except OSError as error:
+                self._complain(f"the hairpin mode of {port} cannot be switched: {error.strerror}")
+                continue  # one of ours stays ours, to be switched off with the next write
+            if port not in on:
+                self._hairpins_ours.discard(port)
+            elif switched:
+                self._hairpins_ours.add(port)
+
+    def _complain(self, complaint: str) -> None:
+        """Say what could not be done though the rules are right; not twice in a row."""
+        if complaint != self._complaint:
+            log.warning("%s", complaint)
+        self._complaint = complaint
 
     def _take_in(self, changes: Sequence[Change], node: Collection[Address]) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
@@ -179,13 +320,21 @@ class Dataplane:
         self._node = addresses
         for before in (change.before for change in changes):
             if before is not None and before.attachments:
+                its = owner_of(before)
                 old += self._rules(before)
-                self._active.pop(owner_of(before))
-                self._touched += (Closed(before.mapping, attachment) for attachment in before.attachments)
+                self._active.pop(its)
+                self._vacated.add(its)
+                for port in {attachment.port or "" for attachment in _bridged(before)}:
+                    self._behind[port].discard(its)
+                    if not self._behind[port]:
+                        del self._behind[port]
+                self._touched += _closed(before)
         for after in (change.after for change in changes):
             if after is not None and after.attachments:
                 new += self._rules(after)
                 self._active[owner_of(after)] = after
+                for attachment in _bridged(after):
+                    self._behind.setdefault(attachment.port or "", set()).add(owner_of(after))
                 self._touched += _opened([after])
         difference = self._wanted.replace(old, new)
         for record in _records(difference.removed):
@@ -220,12 +369,20 @@ def _sorted(addresses: Iterable[Address]) -> list[Address]:
 
 def _vacated(owners: Iterable[str], active: Iterable[Publication]) -> Iterator[Closed]:
     """Return the mappings that an earlier run's rules were of, but for those whose host ports are served now."""
-    served = {(p.mapping.protocol, port) for p in active for port in p.mapping.host_ports or ()}
+    bound = (publication.bound for publication in active if publication.bound is not None)
+    served = {(mapping.protocol, port) for mapping in bound for port in mapping.host_ports or ()}
     for each in owners:
-        with contextlib.suppress(PortSpecError):
-            mapping = ports.parse(each.partition(" ")[2])
-            if not any((mapping.protocol, port) in served for port in mapping.host_ports or ()):
-                yield Closed(mapping, None)
+        its = Owner.parse(each)
+        if its is not None and not any((its.bound.protocol, port) in served for port in its.bound.host_ports or ()):
+            yield Closed(its.bound, None)
+
+
+def _narrowed(publications: Iterable[Publication]) -> Iterator[Closed]:
+    """Return the mappings that lost a rule of theirs and are served still: who used it may be let in no more."""
+    for publication in publications:
+        for attachment in publication.attachments:
+            assert publication.bound is not None
+            yield Closed(publication.bound, attachment, connections=False)
 
 
 def _switch(device: str, on: bool) -> None:
@@ -235,8 +392,38 @@ def _switch(device: str, on: bool) -> None:
         raise FirewallError(f"route_localnet of {device} cannot be switched: {error.strerror}") from error
 
 
+def _bridged(publication: Publication) -> list[Attachment]:
+    """Return the attachments that a container may call from behind a bridge port, by its own published port."""
+    host_ip = publication.mapping.host_ip
+    if host_ip is not None and host_ip.is_loopback:
+        return []
+    return [attachment for attachment in publication.attachments if attachment.port is not None]
+
+
+def _claim(publication: Publication) -> Claim:
+    """Return the host ports that a publication is to have reserved, on what addresses."""
+    bound = publication.bound
+    assert bound is not None
+    assert bound.host_ports is not None
+    host_ip = None if bound.any_host_ip else bound.host_ip
+    families = (Family.of(attachment.address) for attachment in publication.attachments)
+    return Claim(bound.protocol, bound.host_ports, tuple(host_ip or _ANY_ADDRESS[family] for family in families))
+
+
+_ANY_ADDRESS: dict[Family, Address] = {Family.IPV4: IPv4Address(0), Family.IPV6: IPv6Address(0)}
+
+
+def _holder(held: Held) -> Holder:
+    port = PortRange(held.port, held.port)
+    return Holder(held.holder, Mapping(held.at, port, port, held.protocol))
+
+
 def _opened(publications: Iterable[Publication]) -> list[Opened | Closed]:
-    return [Opened(p.mapping, attachment) for p in publications for attachment in p.attachments]
+    return [Opened(p.bound, attachment) for p in publications if p.bound for attachment in p.attachments]
+
+
+def _closed(publication: Publication) -> list[Opened | Closed]:
+    return [Closed(publication.bound, attachment) for attachment in publication.attachments if publication.bound]
 
 
 def _records(rules: Iterable[Rule]) -> list[LocalnetRecord]:

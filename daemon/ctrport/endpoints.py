@@ -14,8 +14,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network
-from pathlib import Path
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
 from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, NodeFacts, Obstacle, State
 from .netlink import LOCAL, UNICAST, Link, Netlink
@@ -29,11 +28,12 @@ HOST_NETWORK = Obstacle(
     State.UNSUPPORTED, "it is on the host's network: its ports are the node's own, and need no mapping"
 )
 LOOPBACK_ONLY = Obstacle(State.WAITING, "it has only a loopback address: start it with `ctr run --cni`")
+DUPLICATE = Obstacle(State.WAITING, "its only address is another's already: duplicate address detection failed")
 
 
 def started(pid: int) -> int:
     """Return when a process began, in clock ticks since boot. Raises ``Gone``."""
-    stat = _read(Path(f"/proc/{pid}/stat"))
+    stat = _read(f"/proc/{pid}/stat")
     # The command (field 2) is in parentheses and may hold anything, parentheses too: count from the last one.
     return int(stat.rpartition(")")[2].split()[19])
 
@@ -48,10 +48,14 @@ def netns(pid: int) -> tuple[int, int]:
 
 
 def node_facts() -> NodeFacts:
-    """Return what the node itself decides over publications: whether it forwards, and its addresses."""
-    forwarding = _read(Path("/proc/sys/net/ipv4/ip_forward")).strip() == "1"
-    addresses = frozenset[Address](local_addresses(_read(Path("/proc/self/net/fib_trie"))))
-    return NodeFacts(frozenset({Family.IPV4} if forwarding else ()), addresses)
+    """Return what the node itself decides over publications: in which families it forwards, and its addresses."""
+    switches = {Family.IPV4: "/proc/sys/net/ipv4/ip_forward", Family.IPV6: "/proc/sys/net/ipv6/conf/all/forwarding"}
+    forwarding = frozenset(f for f, path in switches.items() if _read_if_any(path).strip() not in ("", "0"))
+    ipv4 = local_addresses(_read("/proc/self/net/fib_trie"))
+    # A tentative one is not in use yet; when it is, that is announced. One of a link alone (fe80::) means nothing
+    # without the link's name, which no mapping can say.
+    ipv6 = [one.address for one in addresses6(_read_if_any("/proc/self/net/if_inet6")) if not one.tentative]
+    return NodeFacts(forwarding, frozenset[Address](ipv4) | frozenset(ipv6))
 
 
 _LOCAL = re.compile(r"\|-- ([0-9.]+)\n(?:\s+/\d+ .*\n)*?\s+/32 host LOCAL\n")
@@ -102,6 +106,59 @@ def choose(addresses: list[IPv4Address], known: list[Route]) -> tuple[IPv4Addres
     return address, devices[address] or default
 
 
+#: Flags and scopes of linux/if_addr.h and net/ipv6.h.
+_TEMPORARY, _DADFAILED, _DEPRECATED, _TENTATIVE = 0x01, 0x08, 0x20, 0x40
+_LINK_LOCAL = 0x20
+_REJECT = 0x200
+
+
+@dataclass(frozen=True)
+class Address6:
+    """A line of ``/proc/net/if_inet6``.
+
+    ``tentative``: it is asked on the network yet whether another has it, which takes a second or two. ``duplicate``:
+    another has. ``second_rate``: it is made to be changed often, or about to be given up.
+    """
+
+    address: IPv6Address
+    device: str
+    tentative: bool = False
+    duplicate: bool = False
+    second_rate: bool = False
+
+
+def addresses6(if_inet6: str) -> list[Address6]:
+    """Read ``/proc/net/if_inet6``, but for the addresses of a link alone."""
+    found = []
+    for line in if_inet6.splitlines():
+        address, _, _, scope, hexadecimal, device = line.split()
+        if int(scope, 16) != _LINK_LOCAL:
+            flags = int(hexadecimal, 16)
+            states = (bool(flags & state) for state in (_TENTATIVE, _DADFAILED, _TEMPORARY | _DEPRECATED))
+            found.append(Address6(IPv6Address(int(address, 16)), device, *states))
+    return found
+
+
+def default_devices6(ipv6_route: str) -> list[str]:
+    """Return the devices of the default routes that ``/proc/net/ipv6_route`` shows, in its order."""
+    lines = [line.split() for line in ipv6_route.splitlines() if line.startswith("0" * 32 + " 00 ")]
+    # Every namespace has one at its end that refuses what no other takes.
+    return list(dict.fromkeys(fields[9] for fields in lines if not int(fields[8], 16) & _REJECT))
+
+
+def choose6(addresses: list[Address6], defaults: list[str], beside: str | None) -> tuple[IPv6Address, str] | None:
+    """Choose which of a container's IPv6 addresses to publish, and name its device; None where none can be.
+
+    As for IPv4, but a second-rate one only where there is no other. ``defaults`` are the devices of its default routes:
+    the file has those of every routing table, so that the one it answers through may not be the first; where the
+    device ``beside``, that of its IPv4 address, is among them it is taken.
+    """
+    default = beside if beside in defaults else next(iter(defaults), None)
+    usable = [one for one in addresses if not (one.address.is_loopback or one.duplicate)]
+    usable.sort(key=lambda one: (one.second_rate, one.device != default, one.address))
+    return (usable[0].address, usable[0].device) if usable else None
+
+
 class Endpoints:
     """Finds endpoints. An async context manager: it holds a netlink socket."""
 
@@ -113,17 +170,44 @@ class Endpoints:
         self._netlink.close()
 
     def find(self, pid: int) -> Endpoint | Obstacle:
-        """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``."""
+        """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``.
+
+        A family that it has no address of, or cannot be reached in, does not keep the other from being found.
+        """
         if netns(pid) == netns(os.getpid()):
             return HOST_NETWORK
-        addresses = local_addresses(_read(Path(f"/proc/{pid}/net/fib_trie")))
-        chosen = choose(addresses, routes(_read(Path(f"/proc/{pid}/net/route"))))
-        if chosen is None:
-            return LOOPBACK_ONLY
-        found = self._attachment(pid, *chosen)
-        return found if isinstance(found, Obstacle) else Endpoint((found,))
+        look = _Look(self._netlink, pid)
+        found: list[Attachment | Obstacle] = []
+        addresses = local_addresses(_read(f"/proc/{pid}/net/fib_trie"))
+        chosen = choose(addresses, routes(_read(f"/proc/{pid}/net/route")))
+        if chosen is not None:
+            found.append(look.attachment(*chosen))
+        # A tentative one is taken as it is: the first packets to it wait for its being found, and rules do no harm.
+        own = addresses6(_read_if_any(f"/proc/{pid}/net/if_inet6"))
+        contested = len({one.device for one in own if not one.address.is_loopback}) > 1  # else it goes without saying
+        defaults = default_devices6(_read(f"/proc/{pid}/net/ipv6_route")) if contested else []
+        chosen6 = choose6(own, defaults, beside=chosen[1] if chosen is not None else None)
+        if chosen6 is not None:
+            found.append(look.attachment(*chosen6))
+        elif any(one.duplicate for one in own):
+            found.append(DUPLICATE)
+        attachments = tuple(one for one in found if isinstance(one, Attachment))
+        if attachments:
+            return Endpoint(attachments)
+        return next((one for one in found if isinstance(one, Obstacle)), LOOPBACK_ONLY)
 
-    def _attachment(self, pid: int, address: IPv4Address, device: str | None) -> Attachment | Obstacle:
+
+class _Look:
+    """One look at one container. What both of its families need to know is asked for once."""
+
+    def __init__(self, netlink: Netlink, pid: int) -> None:
+        self._netlink = netlink
+        self._pid = pid
+        self._links: dict[int, Link] = {}
+        self._host_sides: dict[str, Link | Obstacle] = {}
+
+    def attachment(self, address: Address, device: str | None) -> Attachment | Obstacle:
+        """Return how the host reaches one address of the container, which is on its ``device``, or why it cannot."""
         try:
             route = self._netlink.route(address)
         except OSError:
@@ -134,21 +218,28 @@ class Endpoints:
             where = f"only through the gateway {route.gateway}" if route.gateway else "by no device of its own"
             return Obstacle(State.WAITING, f"the host reaches {address} {where}: it is not on one of its own networks")
         try:
-            outgoing = self._netlink.link(index=route.device)
+            outgoing = self._link(route.device)
         except OSError as error:
             reason = f"the host's device to {address} cannot be found: {error.strerror}"
             return Obstacle(State.WAITING, reason)
         if DEVICE_NAME.fullmatch(outgoing.name) is None:
             return Obstacle(State.UNSUPPORTED, f"the host's device to {address} has a name that no rule can hold")
-        obstacle = self._not_its_own(pid, device or "eth0", outgoing, address)
-        return obstacle or Attachment(address, outgoing.name, route.network)
+        veth = self._own_way(device or "eth0", outgoing, address)
+        if isinstance(veth, Obstacle):
+            return veth
+        # No rule names the port, so that an odd name is no obstacle: the port is left as it is.
+        port = veth.name if outgoing.index == veth.master and DEVICE_NAME.fullmatch(veth.name) else None
+        return Attachment(address, outgoing.name, route.network, port)
 
-    def _not_its_own(self, pid: int, device: str, outgoing: Link, address: IPv4Address) -> Obstacle | None:
-        """Return why the host's device is neither the container's own veth nor the bridge that this veth is a port of.
+    def _own_way(self, device: str, outgoing: Link, address: Address) -> Link | Obstacle:
+        """Return the host's end of the container's veth, if the host's device is that or the bridge it is a port of.
 
-        A rule on any other device, the node's uplink at worst, would be about other people's packets.
+        Else why it is neither: a rule on any other device, the node's uplink at worst, would be about other people's
+        packets.
         """
-        veth = self._host_side(pid, device)
+        if device not in self._host_sides:
+            self._host_sides[device] = self._host_side(device)
+        veth = self._host_sides[device]
         if isinstance(veth, Obstacle):
             return veth
         way = f"the host reaches {address} through {outgoing.name}"
@@ -156,14 +247,14 @@ class Endpoints:
             return Obstacle(State.UNSUPPORTED, f"{way}, which is not the container's own device")
         if outgoing.kind not in ("veth", "bridge"):
             return Obstacle(State.UNSUPPORTED, f"{way}, a {outgoing.kind} device: only veth and bridge can be done")
-        return None
+        return veth
 
-    def _host_side(self, pid: int, device: str) -> Link | Obstacle:
+    def _host_side(self, device: str) -> Link | Obstacle:
         """Return the host's end of a container's veth, or why there is none."""
         inside = None
         elsewhere = Obstacle(State.UNSUPPORTED, f"the other end of its {device} is not on this host")
         try:
-            nsid = self._netlink.nsid(pid)
+            nsid = self._netlink.nsid(self._pid)
             inside = self._netlink.link(name=device, nsid=nsid)
             if inside.kind != "veth" or inside.peer is None:
                 kind = inside.kind or "physical"
@@ -172,19 +263,35 @@ class Endpoints:
         except OSError as error:
             if inside is not None and error.errno == errno.ENODEV:
                 return elsewhere
-            _read(Path(f"/proc/{pid}/stat"))  # gone is gone, not an obstacle
+            _read(f"/proc/{self._pid}/stat")  # gone is gone, not an obstacle
             return Obstacle(State.WAITING, f"the host's end of its {device} cannot be found: {error.strerror}")
         if outside.peer_nsid != nsid or outside.peer != inside.index:
             return elsewhere
         return outside
 
+    def _link(self, index: int) -> Link:
+        if index not in self._links:
+            self._links[index] = self._netlink.link(index=index)
+        return self._links[index]
 
-def _read(path: Path) -> str:
+
+def _read(path: str) -> str:
     try:
-        return path.read_text()
+        with open(path, "rb", buffering=0) as file:  # a third of what it takes to read it as a text file
+            return file.readall().decode(errors="replace")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise Gone(f"{path} is gone") from error
     except OSError as error:
         if error.errno == errno.EINVAL:  # what /proc/PID/net says of a process that is a zombie by now
             raise Gone(f"{path} is gone") from error
+        raise
+
+
+def _read_if_any(path: str) -> str:
+    """Read a file that only a kernel with IPv6 has."""
+    try:
+        return _read(path)
+    except Gone as gone:
+        if isinstance(gone.__cause__, FileNotFoundError):  # or the process is gone, which the next look at it will say
+            return ""
         raise

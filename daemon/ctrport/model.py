@@ -85,7 +85,7 @@ class Mapping:
     """One parsed ``-p``: ``[host_ip:][host_ports:]container_ports[/protocol]``.
 
     ``host_ip`` None means every address of the node, in each family that the container has.
-    ``host_ports`` None asks for a free port. Where both ranges are given they are equally long, but for a pool: several
+    ``host_ports`` None asks for free ports. Where both ranges are given they are equally long, but for a pool: several
     host ports for one container port, of which one free port is taken.
     """
 
@@ -107,6 +107,11 @@ class Mapping:
         return self.host_ip is None or self.host_ip.is_unspecified
 
     @property
+    def dynamic(self) -> bool:
+        """Whether its host ports are to be chosen: among all that are free, or out of a pool."""
+        return self.host_ports is None or len(self.host_ports) != len(self.container_ports)
+
+    @property
     def families(self) -> tuple[Family, ...]:
         """The families it can serve: both, unless its host IP is of one."""
         return (Family.IPV4, Family.IPV6) if self.host_ip is None else (Family.of(self.host_ip),)
@@ -114,10 +119,13 @@ class Mapping:
     def overlaps(self, other: Mapping) -> bool:
         """Whether both want the same host port, as the kernel's bind(2) would judge it.
 
-        A wildcard address overlaps with every address of its family, and no host IP with both families.
+        A wildcard address overlaps with every address of its family, and no host IP with both families. A mapping whose
+        host ports are to be chosen wants none in particular.
         """
-        if self.protocol is not other.protocol or self.host_ports is None or other.host_ports is None:
+        if self.protocol is not other.protocol or self.dynamic or other.dynamic:
             return False
+        assert self.host_ports is not None
+        assert other.host_ports is not None
         if not self.host_ports.overlaps(other.host_ports):
             return False
         if not set(self.families) & set(other.families):
@@ -178,16 +186,19 @@ class Attachment:
     """Where the host reaches a container in one family.
 
     ``device`` is the host's: the container's own veth, or the bridge that veth is a port of. ``subnet`` is what shares
-    the link with the container: the device's on-link prefix, else the container's own address.
+    the link with the container: the device's on-link prefix, else the container's own address. ``port`` is the veth as
+    a port of ``device``, where that is a bridge.
     """
 
     address: Address
     device: str
     subnet: Network
+    port: str | None = None
 
     def __post_init__(self) -> None:
-        if DEVICE_NAME.fullmatch(self.device) is None:
-            raise ValueError(f"not a device name that can be part of a rule: {self.device!r}")
+        for name in (self.device, self.port):
+            if name is not None and DEVICE_NAME.fullmatch(name) is None:
+                raise ValueError(f"not a device name that can be part of a rule: {name!r}")
 
 
 @dataclass(frozen=True)
@@ -297,12 +308,35 @@ class Selector:
 
 
 @dataclass(frozen=True)
+class Access:
+    """Who may reach a mapping: whoever comes from one of ``sources``, and in by the device ``interface``.
+
+    No source named is all of them; None is any interface, and the node itself.
+    """
+
+    sources: tuple[Network, ...] = ()
+    interface: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.interface is not None and DEVICE_NAME.fullmatch(self.interface) is None:
+            raise ValueError(f"not a device name that can be part of a rule: {self.interface!r}")
+
+    def sources_of(self, family: Family) -> tuple[Network, ...] | None:
+        """Return the sources of one family that are let in; empty is all of them, None is nobody."""
+        if not self.sources:
+            return ()
+        its = tuple(source for source in self.sources if Family.of(source) is family)
+        return (() if any(source.prefixlen == 0 for source in its) else its) if its else None
+
+
+@dataclass(frozen=True)
 class Declaration:
-    """A selector and the mappings it asks for. ``source`` says where it was written, as ``file:line``."""
+    """A selector, the mappings it asks for, and who may reach them. ``source`` says where it was written: file:line."""
 
     selector: Selector
     mappings: tuple[Mapping, ...]
     source: str
+    access: Access = Access()
 
 
 @dataclass(frozen=True)
@@ -310,8 +344,9 @@ class Publication:
     """One mapping of one container, with its state.
 
     ``container`` is None where a declaration matches no container; for a pod it is the sandbox, and ``pod`` the pod's
-    name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves,
-    one a family, and empty unless the state is ACTIVE. ``reason`` is one sentence, empty when ACTIVE.
+    name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves, one a family;
+    ``bound`` is the mapping with the host ports that it has. Both are empty unless the state is ACTIVE, and ``reason``,
+    one sentence, is empty when it is.
     """
 
     mapping: Mapping
@@ -321,6 +356,8 @@ class Publication:
     reason: str = ""
     attachments: tuple[Attachment, ...] = ()
     pod: str | None = None
+    bound: Mapping | None = None
+    access: Access = Access()
 
 
 @dataclass(frozen=True)
@@ -336,9 +373,12 @@ class NodeFacts:
     """What of the node itself decides over publications.
 
     ``forwarding`` holds the families in which the node forwards packets; ``addresses`` are the node's own; ``holders``
-    are those whose host ports are not to be had.
+    are those whose host ports are not to be had; ``free_ports`` are those to choose from where a mapping names none;
+    ``protocols`` are those that the kernel tracks connections of.
     """
 
     forwarding: frozenset[Family]
     addresses: frozenset[Address]
     holders: tuple[Holder, ...] = ()
+    free_ports: tuple[PortRange, ...] = ()
+    protocols: frozenset[Protocol] = frozenset(Protocol)

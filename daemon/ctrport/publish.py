@@ -2,7 +2,7 @@
 
 Pure, and incremental: ``Publications`` remembers what it was told and works out again only what a change can reach, so
 that one container costs the same on a node with ten mappings and with ten thousand. What it says depends on what it was
-told alone, never on the order of telling.
+told alone, never on the order of telling; but a host port that was chosen stays as it was for as long as it can.
 
 A contested host port goes to the container that started first. Only mappings that could be served contend: a container
 without an address keeps nobody out.
@@ -13,9 +13,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
+from .choose import Ring, blocks
+from .contest import Cell, Contest, cells
 from .model import (
+    Access,
     Attachment,
     Candidate,
     Container,
@@ -27,11 +33,10 @@ from .model import (
     Mapping,
     NodeFacts,
     Obstacle,
+    PortRange,
     Publication,
     State,
 )
-
-_Cell = tuple[str, int]  # a protocol and a host port: claims that share none cannot be rivals
 
 FORWARDING_OFF = {
     Family.IPV4: "the node does not forward IPv4: sysctl -w net.ipv4.ip_forward=1",
@@ -58,24 +63,50 @@ class _Claim:
     source: str
     attachments: tuple[Attachment, ...]
     pod: str | None
+    access: Access
 
     @property
     def precedence(self) -> tuple[int, ContainerKey, tuple[int, int]]:
         return (self.started, self.container, self.position)
 
+    @cached_property
+    def families(self) -> frozenset[Family]:
+        return frozenset(Family.of(attachment.address) for attachment in self.attachments)
+
     @property
-    def cells(self) -> Iterator[_Cell]:
-        return _cells(self.mapping)
+    def key(self) -> _Key:
+        return (self.container, self.mapping, self.access)
+
+    def on(self, ports: PortRange) -> Mapping:
+        """Return the mapping on these host ports."""
+        return replace(self.mapping, host_ports=ports) if self.mapping.dynamic else self.mapping
+
+    def decided(self, state: State, reason: str = "", bound: Mapping | None = None) -> Publication:
+        """Return what becomes of it."""
+        attachments = self.attachments if bound is not None else ()
+        return Publication(
+            *(self.mapping, self.source, self.container, state, reason, attachments, self.pod, bound, self.access)
+        )
 
 
-_Key = tuple[ContainerKey | str, Mapping]  # the container, or the source of a declaration that matches none
+_Key = tuple[ContainerKey | str, Mapping, Access]  # the container, or the source of a declaration that matches none
+
+
+@dataclass
+class _Round:
+    """What one ``decide`` has found so far: claims with the same mapping, in the same families, find alike."""
+
+    held: dict[Cell, list[tuple[_Claim, Mapping]]] = field(default_factory=dict)  # by whom decided already
+    spent: set[tuple[Mapping, frozenset[Family]]] = field(default_factory=set)  # for which nothing is free
+    next: dict[tuple[Mapping, frozenset[Family]], int] = field(default_factory=dict)  # where to go on in a pool
 
 
 class Publications:
     """All publications of a node.
 
-    Tell it of containers with ``update`` and of the node with ``learn``; ``settle`` then returns what changed.
-    ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8 may be published on.
+    Tell it of containers with ``update``, of the node with ``learn`` and of sockets that hold ports with ``meet``;
+    ``settle`` then returns what changed. ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8
+    may be published on. ``chosen`` are the host ports that an earlier run chose, by container and mapping.
     """
 
     def __init__(
@@ -83,22 +114,29 @@ class Publications:
         declarations: Sequence[Declaration],
         facts: NodeFacts,
         *,
-        families: Sequence[Family] = (Family.IPV4,),
+        families: Sequence[Family] = tuple(Family),
         localhost: bool = True,
+        chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]] | None = None,
     ) -> None:
         self._declarations = tuple(declarations)
         self._facts = facts
         self._held = _by_cell(facts.holders)
+        self._met: dict[Cell, list[Holder]] = {}
+        declared = [mapping for declaration in declarations for mapping in declaration.mappings]
+        self._named = {cell for mapping in declared if not mapping.dynamic for cell in cells(mapping)}
+        self._pooled = {cell for mapping in declared if mapping.dynamic for cell in cells(mapping)}
         self._families = tuple(families)
         self._localhost = localhost
         self._candidates: dict[ContainerKey, Candidate] = {}
         self._keys: dict[ContainerKey, dict[_Key, None]] = {}
         self._matching = [0] * len(self._declarations)
         self._claims: dict[_Key, _Claim] = {}
-        self._rivals: dict[_Cell, set[_Key]] = {}
+        self._contest = Contest[_Key]()
+        self._chosen: dict[_Key, PortRange] = {}
+        self._earlier = dict(chosen or {})
+        self._ring = Ring()
         self._published: dict[_Key, Publication] = {}
         self._counts: Counter[State] = Counter()
-        self._dirty_cells: set[_Cell] = set()
         self._before: dict[_Key, Publication | None] = {}
         for index in range(len(self._declarations)):
             self._put_unmatched(index)
@@ -106,10 +144,11 @@ class Publications:
     def __iter__(self) -> Iterator[Publication]:
         """Iterate over all publications, containers by name, then unmatched declarations as in the file."""
         matched = (p for p in self._published.values() if p.container is not None)
-        yield from sorted(matched, key=lambda p: (p.container, _mapping_order(p.mapping)))
+        yield from sorted(matched, key=lambda p: (p.container, _mapping_order(p)))
         for declaration in self._declarations:
             mappings = dict.fromkeys(declaration.mappings)
-            unmatched = (self._published.get((declaration.source, mapping)) for mapping in mappings)
+            keys = ((declaration.source, mapping, declaration.access) for mapping in mappings)
+            unmatched = (self._published.get(key) for key in keys)
             yield from (publication for publication in unmatched if publication is not None)
 
     def __len__(self) -> int:
@@ -138,51 +177,174 @@ class Publications:
             return
         before = self._candidates.get(key)
         if before is not None:
+            keys = self._keys[key]
             del self._candidates[key]
             self._forget(before)
+            if candidate is None:
+                for its in keys:
+                    self._chosen.pop(its, None)
         if candidate is not None:
             self._candidates[key] = candidate
             self._consider(candidate)
 
+    def recover(self, chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]]) -> None:
+        """Take in which host ports an earlier run chose, for containers it is told of from now on."""
+        self._earlier = dict(chosen)
+
     def learn(self, facts: NodeFacts) -> None:
-        """Take in what is now known of the node; where it changed, every publication is worked out again."""
+        """Take in what is now known of the node; where it changed, what this can reach is worked out again."""
         if facts == self._facts:
             return
-        self._facts = facts
+        before, self._facts = self._facts, facts
         self._held = _by_cell(facts.holders)
+        for holder in set(before.holders) ^ set(facts.holders):
+            self._contest.touch(cells(holder.mapping))
+        if replace(before, holders=()) == replace(facts, holders=()):
+            return
         for candidate in self._candidates.values():
             self._forget(candidate)
             self._consider(candidate)
 
+    @property
+    def met(self) -> list[Holder]:
+        """The sockets that it was told of, as far as some claim contends for their ports."""
+        met = (holder for cell, holders in self._met.items() if self._contest.wanted(cell) for holder in holders)
+        return list(dict.fromkeys(met))
+
+    def meet(self, holders: Iterable[Holder]) -> None:
+        """Take in whose sockets hold host ports: all that are known of."""
+        before, self._met = self._met, _by_cell(holders)
+        self._contest.touch(
+            cell for cell in before.keys() | self._met.keys() if before.get(cell) != self._met.get(cell)
+        )
+
+    def meet_also(self, holders: Iterable[Holder]) -> bool:
+        """Take in whose sockets hold host ports beside those it was told of, and return whether any of it is new."""
+        new = False
+        for cell, found in _by_cell(holders).items():
+            its = self._met.setdefault(cell, [])
+            others = [holder for holder in found if holder not in its]
+            if others:
+                its += others
+                self._contest.touch([cell])
+                new = True
+        return new
+
     def settle(self) -> tuple[Change, ...]:
         """Decide who has which port, and return each publication that is not what it was at the last call."""
-        claims = sorted((self._claims[key] for key in self._reachable()), key=lambda c: c.precedence)
-        held: dict[_Cell, list[_Claim]] = {}
-        for claim in claims:
-            holder = self._holder(claim, held)
-            if holder is None:
-                for cell in claim.cells:
-                    held.setdefault(cell, []).append(claim)
-            self._put(_decided(claim, holder))
-        self._dirty_cells.clear()
-        before, self._before = self._before, {}
-        changes = (Change(old, self._published.get(key)) for key, old in before.items())
+        changes = self.decide()
+        self._before = {}
+        return changes
+
+    def decide(self) -> tuple[Change, ...]:
+        """Decide who has which port, and return what ``settle`` would."""
+        reached = self._contest.reached(self._facts.free_ports)
+        sofar = _Round()
+        for claim in sorted((self._claims[key] for key in reached), key=lambda c: c.precedence):
+            ports = self._choose(claim, sofar) if claim.mapping.dynamic else claim.mapping.host_ports
+            if ports is None:
+                self._put(claim.decided(State.CONFLICT, self._none_is_free(claim.mapping)))
+                continue
+            bound = claim.on(ports)
+            holder = self._holder(claim, bound, sofar)
+            if holder is not None:
+                self._put(claim.decided(State.CONFLICT, _held_reason(bound, *holder)))
+                continue
+            for cell in cells(bound):
+                sofar.held.setdefault(cell, []).append((claim, bound))
+            self._put(claim.decided(State.ACTIVE, bound=bound))
+        self._contest.settled()
+        changes = (Change(old, self._published.get(key)) for key, old in self._before.items())
         return tuple(change for change in changes if change.before != change.after)
 
-    def _reachable(self) -> set[_Key]:
-        """Return the claims that a change can reach: those that share a port with it, and so on outwards."""
-        cells, found = list(self._dirty_cells), set[_Key]()
-        while cells:
-            for key in self._rivals.get(cells.pop(), ()):
-                if key not in found:
-                    found.add(key)
-                    cells.extend(self._claims[key].cells)
-        return found
+    # Choosing host ports.
 
-    @staticmethod
-    def _holder(claim: _Claim, held: dict[_Cell, list[_Claim]]) -> _Claim | None:
-        rivals = (other for cell in claim.cells for other in held.get(cell, ()))
-        return next((other for other in rivals if other.mapping.overlaps(claim.mapping)), None)
+    def _choose(self, claim: _Claim, sofar: _Round) -> PortRange | None:
+        """Return the host ports for a claim that names none, and keep them: those that it has, if it may."""
+        key = claim.key
+        has = self._chosen.get(key)
+        if has is None or not self._is_free(claim, has, sofar):
+            kind = (claim.mapping, claim.families)
+            has = None if kind in sofar.spent else self._first_of(claim, sofar)
+            if has is None:
+                sofar.spent.add(kind)
+            elif claim.mapping.host_ports is None:
+                self._ring.turn(has)
+            else:
+                sofar.next[kind] = has.last + 1
+        if has != self._chosen.get(key):
+            self._contest.leave(key)
+            self._chosen.pop(key, None)
+            if has is not None:
+                self._chosen[key] = has
+            self._contest.enter(key, claim.mapping, has)
+        return has
+
+    def _first_of(self, claim: _Claim, sofar: _Round) -> PortRange | None:
+        """Return the first that is free among the ports offered, best those that nobody else has or names.
+
+        What another has is taken from it only where a pool has nothing else: who started first goes before.
+        """
+        pool = claim.mapping.host_ports
+        if pool is None:
+            offered = self._ring.blocks(self._facts.free_ports, len(claim.mapping.container_ports))
+            return next((p for p in offered if self._is_free(claim, p, sofar) and not self._is_wanted(claim, p)), None)
+        begin = sofar.next.get((claim.mapping, claim.families), pool.first)
+        rest = blocks([PortRange(begin, pool.last)] if begin <= pool.last else [], 1)
+        free = (ports for ports in chain(rest, blocks([pool], 1)) if self._is_free(claim, ports, sofar))
+        had, first = None, None
+        for ports in free:
+            if not self._is_wanted(claim, ports):
+                return ports
+            if had is None and not self._is_had(claim, ports):
+                had = ports
+            first = first or ports
+        return had or first
+
+    def _is_free(self, claim: _Claim, ports: PortRange, sofar: _Round) -> bool:
+        return self._holder(claim, claim.on(ports), sofar) is None
+
+    def _is_wanted(self, claim: _Claim, ports: PortRange) -> bool:
+        """Whether another claim has one of these ports, or may want it: whoever names it may start any time."""
+        anywhere = claim.mapping.host_ports is None
+        named = (cell in self._named or (anywhere and cell in self._pooled) for cell in cells(claim.on(ports)))
+        return any(named) or self._is_had(claim, ports)
+
+    def _is_had(self, claim: _Claim, ports: PortRange) -> bool:
+        """Whether another claim is on one of these ports, though it may have to leave it."""
+        bound = claim.on(ports)
+        for cell in cells(bound):
+            for key in self._contest.on(cell):
+                its = self._chosen[key] if key[1].dynamic else key[1].host_ports
+                if key != claim.key and its is not None and self._claims[key].on(its).overlaps(bound):
+                    return True
+        return False
+
+    def _none_is_free(self, mapping: Mapping) -> str:
+        if mapping.host_ports is not None:
+            return f"every host port of {mapping.host_ports}/{mapping.protocol} is held"
+        among = ", ".join(map(str, self._facts.free_ports)) or "net.ipv4.ip_local_port_range"
+        count = len(mapping.container_ports)
+        return (
+            f"there {'is no free host port' if count == 1 else f'are no {count} free host ports in a row'} in {among}"
+        )
+
+    # Who holds a port.
+
+    def _holder(self, claim: _Claim, bound: Mapping, sofar: _Round) -> tuple[Mapping, str] | None:
+        """Return who has the host port, or one of the host ports, and as what: somebody else, or an earlier claim."""
+        families = claim.families
+        for cell in cells(bound):
+            for holder in (*self._held.get(cell, ()), *self._met.get(cell, ())):
+                if not families.isdisjoint(holder.mapping.families) and holder.mapping.overlaps(bound):
+                    return holder.mapping, holder.name
+            for other, its in sofar.held.get(cell, ()):
+                if its.overlaps(bound):
+                    name = f"pod {other.pod}" if other.pod is not None else str(other.container)
+                    return its, f"{name} ({its})"
+        return None
+
+    # What is told of containers.
 
     def _consider(self, candidate: Candidate) -> None:
         container = candidate.container
@@ -194,31 +356,39 @@ class Publications:
             if self._matching[index] == 1:
                 self._remove_unmatched(index)
             for place, mapping in enumerate(declaration.mappings):
-                key: _Key = (container.key, mapping)
+                key: _Key = (container.key, mapping, declaration.access)
                 if key in keys:  # two declarations ask for the same: the first stands for both
                     continue
                 keys[key] = None
-                judged = self._judge(candidate, mapping)
+                judged = self._judge(candidate, mapping, declaration.access)
+                claim = _Claim(
+                    *(container.started, container.key, (index, place), mapping, declaration.source),
+                    *((), _pod(container), declaration.access),
+                )
                 if isinstance(judged, Obstacle):
-                    source, state, reason = declaration.source, judged.state, judged.reason
-                    self._put(Publication(mapping, source, container.key, state, reason, pod=_pod(container)))
+                    self._put(claim.decided(judged.state, judged.reason))
                     continue
-                order, source = (index, place), declaration.source
-                claim = _Claim(container.started, container.key, order, mapping, source, judged, _pod(container))
-                self._claims[key] = claim
-                for cell in claim.cells:
-                    self._rivals.setdefault(cell, set()).add(key)
-                    self._dirty_cells.add(cell)
+                self._claims[key] = replace(claim, attachments=judged)
+                if mapping.dynamic and key not in self._chosen:
+                    self._have_again(key)
+                self._contest.enter(key, mapping, self._chosen.get(key))
+
+    def _have_again(self, key: _Key) -> None:
+        """Give a claim the host ports that an earlier run chose for it, or for another that differs in access alone."""
+        container, mapping, _ = key
+        assert isinstance(container, ContainerKey)
+        others = {self._chosen.get(other) for other in self._keys[container] if other[1] == mapping}
+        earlier = (ports for ports in self._earlier.get((container, mapping), ()) if ports not in others)
+        ports = next(earlier, None)
+        if ports is not None:
+            self._chosen[key] = ports
 
     def _forget(self, candidate: Candidate) -> None:
         container = candidate.container
         for key in self._keys.pop(container.key):
-            claim = self._claims.pop(key, None)
-            for cell in claim.cells if claim is not None else ():
-                self._rivals[cell].discard(key)
-                if not self._rivals[cell]:
-                    del self._rivals[cell]
-                self._dirty_cells.add(cell)
+            if key in self._claims:
+                self._contest.leave(key)
+                del self._claims[key]
             self._remove(key)
         for index, declaration in enumerate(self._declarations):
             if declaration.selector.matches(container):
@@ -226,39 +396,43 @@ class Publications:
                 if self._matching[index] == 0:
                     self._put_unmatched(index)
 
-    def _judge(self, candidate: Candidate, mapping: Mapping) -> tuple[Attachment, ...] | Obstacle:
+    def _judge(self, candidate: Candidate, mapping: Mapping, access: Access) -> tuple[Attachment, ...] | Obstacle:
         """Return where the mapping would lead, or why it cannot be served whoever else wants its port."""
-        if mapping.host_ports is None:
-            return Obstacle(State.UNSUPPORTED, "a free host port cannot be chosen yet: name the host port")
-        if len(mapping.host_ports) != len(mapping.container_ports):
-            return Obstacle(State.UNSUPPORTED, "one port of a pool cannot be chosen yet: name the host port")
+        if mapping.protocol not in self._facts.protocols:
+            return Obstacle(State.UNSUPPORTED, f"this kernel does not track {mapping.protocol} connections")
         if isinstance(candidate.endpoint, Obstacle):
             return candidate.endpoint
-        host_ip = mapping.host_ip
-        if host_ip is not None and not mapping.any_host_ip:
-            if host_ip.is_loopback and not self._localhost:
-                return Obstacle(State.UNSUPPORTED, f"{host_ip} is published only with firewall.localhost: true")
-            if not host_ip.is_loopback and host_ip not in self._facts.addresses:
-                return Obstacle(State.WAITING, f"{host_ip} is not an address of this node")
-        holder = self._holder_of(mapping)
-        if holder is not None:
-            return Obstacle(State.CONFLICT, _held_reason(mapping, holder.mapping, holder.name))
+        obstacle = self._unfit_host_ip(mapping)
+        if obstacle is not None:
+            return obstacle
         families = [family for family in mapping.families if family in self._families]
         if not families:
-            return Obstacle(State.UNSUPPORTED, f"IPv{mapping.families[0].value} cannot be published yet")
-        attachments = self._attachments(candidate.endpoint, families)
-        if not attachments:
+            return Obstacle(State.UNSUPPORTED, f"this node cannot publish on IPv{mapping.families[0].value}")
+        admitted = [family for family in families if access.sources_of(family) is not None]
+        if not admitted:
             names = " or ".join(f"IPv{family.value}" for family in families)
+            return Obstacle(State.UNSUPPORTED, f"none of its sources is a network of {names}")
+        attachments = self._attachments(candidate.endpoint, admitted)
+        if not attachments:
+            names = " or ".join(f"IPv{family.value}" for family in admitted)
             return Obstacle(State.WAITING, f"the container has no {names} address that the host can reach")
         forwarded = tuple(a for a in attachments if Family.of(a.address) in self._facts.forwarding)
         if not forwarded:
             return Obstacle(State.WAITING, FORWARDING_OFF[Family.of(attachments[0].address)])
         return forwarded
 
-    def _holder_of(self, mapping: Mapping) -> Holder | None:
-        """Return somebody else who has the mapping's host port, or one of its host ports."""
-        holders = (holder for cell in _cells(mapping) for holder in self._held.get(cell, ()))
-        return next((holder for holder in holders if holder.mapping.overlaps(mapping)), None)
+    def _unfit_host_ip(self, mapping: Mapping) -> Obstacle | None:
+        host_ip = mapping.host_ip
+        if host_ip is None or mapping.any_host_ip:
+            return None
+        if host_ip.is_loopback and host_ip.version == 6:
+            reason = f"the kernel sends nothing on that was sent to {host_ip}: publish on 127.0.0.1"
+            return Obstacle(State.UNSUPPORTED, reason)
+        if host_ip.is_loopback and not self._localhost:
+            return Obstacle(State.UNSUPPORTED, f"{host_ip} is published only with firewall.localhost: true")
+        if not host_ip.is_loopback and host_ip not in self._facts.addresses:
+            return Obstacle(State.WAITING, f"{host_ip} is not an address of this node")
+        return None
 
     @staticmethod
     def _attachments(endpoint: Endpoint, families: Iterable[Family]) -> tuple[Attachment, ...]:
@@ -269,15 +443,15 @@ class Publications:
         declaration = self._declarations[index]
         reason = f"no running container matches {declaration.selector}"
         for mapping in declaration.mappings:
-            self._put(Publication(mapping, declaration.source, None, State.WAITING, reason))
+            self._put(Publication(mapping, declaration.source, None, State.WAITING, reason, access=declaration.access))
 
     def _remove_unmatched(self, index: int) -> None:
         declaration = self._declarations[index]
         for mapping in declaration.mappings:
-            self._remove((declaration.source, mapping))
+            self._remove((declaration.source, mapping, declaration.access))
 
     def _put(self, publication: Publication) -> None:
-        key: _Key = (publication.container or publication.source, publication.mapping)
+        key: _Key = (publication.container or publication.source, publication.mapping, publication.access)
         self._remove(key)
         self._published[key] = publication
         self._counts[publication.state] += 1
@@ -287,16 +461,6 @@ class Publications:
         self._before.setdefault(key, old)
         if old is not None:
             self._counts[old.state] -= 1
-
-
-def _decided(claim: _Claim, holder: _Claim | None) -> Publication:
-    state, reason = State.ACTIVE, ""
-    if holder is not None:
-        state = State.CONFLICT
-        name = f"pod {holder.pod}" if holder.pod is not None else str(holder.container)
-        reason = _held_reason(claim.mapping, holder.mapping, f"{name} ({holder.mapping})")
-    attachments = () if holder is not None else claim.attachments
-    return Publication(claim.mapping, claim.source, claim.container, state, reason, attachments, claim.pod)
 
 
 _PRINTABLE = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")
@@ -315,17 +479,15 @@ def _held_reason(wanted: Mapping, held: Mapping, holder: str) -> str:
     return f"host port {first}/{wanted.protocol} is held by {holder}"
 
 
-def _cells(mapping: Mapping) -> Iterator[_Cell]:
-    return ((mapping.protocol.value, port) for port in mapping.host_ports or ())
-
-
-def _by_cell(holders: Iterable[Holder]) -> dict[_Cell, list[Holder]]:
-    by_cell: dict[_Cell, list[Holder]] = {}
+def _by_cell(holders: Iterable[Holder]) -> dict[Cell, list[Holder]]:
+    by_cell: dict[Cell, list[Holder]] = {}
     for holder in holders:
-        for cell in _cells(holder.mapping):
+        for cell in cells(holder.mapping):
             by_cell.setdefault(cell, []).append(holder)
     return by_cell
 
 
-def _mapping_order(mapping: Mapping) -> tuple[str, int, str]:
-    return (mapping.protocol.value, mapping.host_ports.first if mapping.host_ports else 0, str(mapping))
+def _mapping_order(publication: Publication) -> tuple[str, int, str, str]:
+    mapping = publication.bound or publication.mapping
+    first = mapping.host_ports.first if mapping.host_ports else 0
+    return (mapping.protocol.value, first, str(mapping), publication.source)

@@ -72,7 +72,7 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._retry_after = 0.0, RETRY
-        self._since: dict[tuple[str, str], datetime] = {}
+        self._since: dict[tuple[str, str, str], datetime] = {}
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
         self._events = 0
@@ -84,6 +84,7 @@ class Reconciler:
         so much as connect.
         """
         await self._dataplane.start()
+        self._survey.publications.recover(self._dataplane.chosen)
         watch = asyncio.create_task(self._watch_node())
         try:
             await self._run()
@@ -175,11 +176,14 @@ class Reconciler:
         else:
             await self._survey.node()
             self._survey.what_may_heal()
+        publications = self._survey.publications
+        taken = self._dataplane.reserve_again() if everything else []
+        publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything)
 
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
-        changes = self._survey.publications.settle()
+        changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
             try:
@@ -202,6 +206,14 @@ class Reconciler:
         if self._dataplane.in_line:
             await self._dataplane.drop_stale_flows()
 
+    def _decide(self) -> tuple[Change, ...]:
+        """Have every host port reserved that is to be published; what another process has is decided once more."""
+        publications = self._survey.publications
+        # It ends, as what was met is not given again: each turn leaves fewer ports.
+        while (held := self._dataplane.reserve(publications.decide())) and publications.meet_also(held):
+            pass
+        return publications.settle()
+
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
         if str(error) != self._problem:
@@ -218,14 +230,17 @@ class Reconciler:
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
-                log.info("withdrawn %s mapping=%s", _subject(publication), publication.mapping)
+                log.info("withdrawn %s mapping=%s", _subject(publication), publication.bound)
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
         if publication.state is State.ACTIVE:
             took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
             where = ",".join(str(attachment.address) for attachment in publication.attachments)
-            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.mapping, where, took)
+            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
+            remark = self._dataplane.remark(publication)
+            if remark:
+                log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
         else:
             level = logging.INFO if publication.container is None else logging.WARNING
             log.log(
@@ -259,12 +274,14 @@ class Reconciler:
         since = self._since.get(_name(publication))
         if self._problem and publication.state is State.ACTIVE:
             # It was decided, and may not be in the kernel.
-            publication = replace(publication, state=State.WAITING, reason=self._problem)
+            publication = replace(publication, state=State.WAITING, reason=self._problem, bound=None)
+        elif publication.state is State.ACTIVE:
+            publication = replace(publication, reason=self._dataplane.remark(publication))
         return PublicationStatus.of(publication, shown(since) if since else "")
 
 
-def _name(publication: Publication) -> tuple[str, str]:
-    return (str(publication.container or publication.source), str(publication.mapping))
+def _name(publication: Publication) -> tuple[str, str, str]:
+    return (str(publication.container or ""), str(publication.mapping), publication.source)
 
 
 def _subject(publication: Publication) -> str:

@@ -9,16 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from . import __version__, status
+from . import __version__, ports, status
 from .config import Config
 from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
 from .firewall import Firewall
 from .firewall.text import diff
-from .model import Family, Publication, State
+from .hostports import Reservations
+from .model import Family, Holder, Mapping, Publication, State
+from .owners import owner_of
 from .publish import Publications
-from .rules import Layout, Rule, owner_of
+from .rules import Layout, Rule
 from .survey import Survey
 
 NOT_INSTALLED = "its rules are not all in the kernel, and no daemon runs: systemctl start ctrport"
@@ -31,7 +33,7 @@ async def without_daemon(
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
-    found, due, version = await _look(config, firewalls, layout)
+    found, due, version = await _look(config, firewalls, layout, directory)
     last = status.read(directory)
     publications = [_as_it_is(publication, due) for publication in found]
     lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
@@ -46,32 +48,61 @@ async def without_daemon(
     )
 
 
-async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout) -> list[str]:
+async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> list[str]:
     """Return what ``run`` would change in the kernel now, as the lines of a diff; empty where nothing. Changes nothing.
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
-    _, due, _ = await _look(config, firewalls, layout)
+    _, due, _ = await _look(config, firewalls, layout, directory)
     lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
-    for _, plan in due.plans:
-        lines += diff(plan)
-    for firewall in firewalls.values():
-        lines += diff(await firewall.plan_sweep())
-    return lines + [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
+    for family, (_, plan) in zip(firewalls, due.plans, strict=True):
+        lines += diff(plan, family)
+    for family, firewall in firewalls.items():
+        lines += diff(await firewall.plan_sweep(), family)
+    lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
+    return lines + [f"+ bridge link set dev {port} hairpin on" for port in due.hairpin_on]
 
 
 async def _look(
-    config: Config, firewalls: dict[Family, Firewall], layout: Layout
+    config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path
 ) -> tuple[Publications, Transition, str]:
     """Return the publications as they should be, what is due in the kernel for them, and containerd's version."""
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints, firewalls.values())
+        survey = Survey(config, containerd, endpoints, firewalls)
         version = await containerd.version()
+        dataplane = Dataplane(firewalls, layout)
+        await dataplane.start()
+        survey.publications.recover(dataplane.chosen)
         await survey.everything()
-    changes = survey.publications.settle()
-    dataplane = Dataplane(firewalls, layout)
-    await dataplane.start()
-    return survey.publications, await dataplane.preview(changes, survey.facts.addresses), version
+    while True:
+        changes = survey.publications.decide()
+        reservations = Reservations(config.firewall.reserve_limit, survey.container_of)
+        dataplane = Dataplane(firewalls, layout, reservations)
+        await dataplane.start()
+        due = await dataplane.preview(changes, survey.facts.addresses)
+        wanted = [change for change in changes if change.after is not None and change.after.bound]
+        if status.is_running(directory):
+            # What is in the kernel has its host ports, and the daemon that put it there holds them.
+            missing = {rule.owner for _, plan in due.plans for rule in plan.added}
+            wanted = [change for change in wanted if change.after and owner_of(change.after) in missing]
+        held: list[Holder] = []
+        for change in wanted:
+            held += dataplane.reserve([change])
+            reservations.close()  # at once: a daemon that starts meanwhile would take it for a conflict
+        await dataplane.close()
+        its_own = _reserved(directory)
+        held = [holder for holder in held if not any(holder.mapping.overlaps(mapping) for mapping in its_own)]
+        if not held or not survey.publications.meet_also(held):
+            return survey.publications, due, version
+
+
+def _reserved(directory: Path) -> list[Mapping]:
+    """Return the mappings that a running daemon says are active, whose host ports it is that holds them.
+
+    Rules of theirs may be missing all the same: by drift, or as the configuration has changed since it started.
+    """
+    last = status.read(directory) if status.is_running(directory) else None
+    return [ports.parse(each.bound) for each in last.publications if each.bound] if last is not None else []
 
 
 def _summary(due: Transition, lost: int) -> str:
@@ -88,7 +119,7 @@ def _as_it_is(publication: Publication, due: Transition) -> Publication:
     missing = (rule for _, plan in due.plans for rule in plan.added)
     if not any(_needs(publication, rule) for rule in missing) and devices.isdisjoint(due.localnet_on):
         return publication
-    return replace(publication, state=State.WAITING, reason=NOT_INSTALLED, attachments=())
+    return replace(publication, state=State.WAITING, reason=NOT_INSTALLED, attachments=(), bound=None)
 
 
 def _needs(publication: Publication, rule: Rule) -> bool:

@@ -16,7 +16,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
-from .model import Address, Attachment, Family, Network, PortRange, Protocol, Publication
+from .model import (
+    Address,
+    Attachment,
+    Family,
+    Network,
+    PortRange,
+    Protocol,
+    Publication,
+)
+from .owners import LocalnetRecord, owner_of
 
 USER_CHAIN = "DOCKER-USER"  # the operator's, under dockerd's name for it whatever ours are called
 
@@ -123,6 +132,7 @@ class Layout:
     chain: str = "DOCKER"
     position: Place = Place.POLICY
     localhost: bool = True
+    masquerade_all: bool = False  # who comes from anywhere, not from the container's own link alone
 
     @property
     def forward(self) -> str:
@@ -205,34 +215,15 @@ _MARK, _HOST_ADDRESS, _ANY_ADDRESS = 0, 10, 20
 _KNOWN_FLOWS, _NEW_FLOWS = 10, 20
 
 
-@dataclass(frozen=True)
-class LocalnetRecord:
-    """Who switched ``route_localnet`` on for ``device``: ctrport itself (``ours``), or somebody before it.
-
-    It is kept in the comment of the rule that needs it, so that it is put back by whoever removes that rule last.
-    """
-
-    device: str
-    ours: bool
-
-    @property
-    def owner(self) -> str:
-        """The record as the owner of a rule."""
-        return f"device {self.device} route_localnet={'set' if self.ours else 'found'}"
-
-    @classmethod
-    def parse(cls, owner: str) -> LocalnetRecord | None:
-        """Return the record that ``owner`` is, or None where it is something else."""
-        match owner.split(" "):
-            case ["device", device, ("route_localnet=set" | "route_localnet=found") as how]:
-                return cls(device, how.endswith("=set"))
-        return None
-
-
 def needs_localnet(publication: Publication, layout: Layout) -> str | None:
     """Return the device that needs route_localnet for this publication to be reached at 127.0.0.1, if one does."""
-    mapping = publication.mapping
+    mapping, access = publication.mapping, publication.access
     if not layout.localhost or not (mapping.any_host_ip or (mapping.host_ip and mapping.host_ip.is_loopback)):
+        return None
+    sources = access.sources_of(Family.IPV4)
+    if access.interface is not None or sources is None:
+        return None
+    if sources and not any(source.overlaps(LOCALHOST4) for source in sources if isinstance(source, IPv4Network)):
         return None
     return next((a.device for a in publication.attachments if a.address.version == 4), None)
 
@@ -252,22 +243,18 @@ def rules_for(publication: Publication, layout: Layout, *, localnet_ours: bool =
     return tuple(rules)
 
 
-def owner_of(publication: Publication) -> str:
-    """Return the words that name a publication in the comment of its rules: ``namespace/id mapping``."""
-    return f"{publication.container} {publication.mapping}"
-
-
 def _host_ip(publication: Publication) -> Address | None:
     return None if publication.mapping.any_host_ip else publication.mapping.host_ip
 
 
 def _nat(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
-    mapping, host_ip = publication.mapping, _host_ip(publication)
-    assert mapping.host_ports is not None  # an active publication has them
+    mapping, host_ip = publication.bound, _host_ip(publication)
+    assert mapping is not None  # an active publication has it
+    assert mapping.host_ports is not None
     family = Family.of(attachment.address)
     match = Match(
-        not_source=LINK_LOCAL6 if family is Family.IPV6 else None,
         destination=None if host_ip is None else ip_network(host_ip),
+        in_device=publication.access.interface,
         protocol=mapping.protocol,
         ports=mapping.host_ports,
     )
@@ -280,17 +267,24 @@ def _nat(publication: Publication, attachment: Attachment, layout: Layout) -> It
         owner_of(publication),
         rank=_ANY_ADDRESS if host_ip is None else _HOST_ADDRESS,
     )
-    if len(mapping.host_ports) == 1:
-        yield rule
-    elif mapping.host_ports == mapping.container_ports:
-        yield replace(rule, target=Dnat(attachment.address, None))
-    else:
-        # A rule a port: of a shifted range (a-b/base) the kernel takes the neighbour's port when a tuple clashes.
-        for host_port, port in zip(mapping.host_ports, mapping.container_ports, strict=True):
-            one = replace(match, ports=PortRange(host_port, host_port))
-            yield replace(rule, match=one, target=Dnat(attachment.address, port))
+    for source in publication.access.sources_of(family) or (None,):
+        # What comes from a link-local address cannot be sent on; iptables takes one source, and one that is named says
+        # enough.
+        not_source = LINK_LOCAL6 if family is Family.IPV6 and source is None else None
+        match = replace(rule.match, source=source, not_source=not_source)
+        if len(mapping.host_ports) == 1:
+            yield replace(rule, match=match)
+        elif mapping.host_ports == mapping.container_ports:
+            yield replace(rule, match=match, target=Dnat(attachment.address, None))
+        else:
+            # A rule a port: of a shifted range (a-b/base) the kernel takes the neighbour's port when a tuple clashes.
+            for host_port, port in zip(mapping.host_ports, mapping.container_ports, strict=True):
+                one = replace(match, ports=PortRange(host_port, host_port))
+                yield replace(rule, match=one, target=Dnat(attachment.address, port))
     if host_ip is None or not host_ip.is_loopback:
-        hairpin = replace(_translated_to(publication, attachment), source=attachment.subnet)
+        hairpin = _translated_to(publication, attachment)
+        if not layout.masquerade_all:
+            hairpin = replace(hairpin, source=attachment.subnet)
         yield Rule(family, Table.NAT, layout.hairpin, hairpin, MASQUERADE, owner_of(publication), rank=10)
 
 
@@ -313,12 +307,13 @@ def _translated_to(publication: Publication, attachment: Attachment) -> Match:
     In chains that only see flows to the node's own addresses: there a host port is ours or, kube-proxy's NodePort
     perhaps, another's; so the original port decides.
     """
+    assert publication.bound is not None
     return Match(
         destination=ip_network(attachment.address),
-        protocol=publication.mapping.protocol,
-        ports=publication.mapping.container_ports,
+        protocol=publication.bound.protocol,
+        ports=publication.bound.container_ports,
         translated=True,
-        original_ports=publication.mapping.host_ports,
+        original_ports=publication.bound.host_ports,
         original_destination=_host_ip(publication),
     )
 

@@ -15,9 +15,10 @@ from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
 from .firewall import Firewall, FirewallError
-from .firewall.detect import detect
+from .firewall.detect import detect, families
 from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
+from .hostports import Reservations, allow_sockets
 from .model import Family
 from .reconcile import Reconciler
 from .rules import Layout, Place
@@ -25,8 +26,6 @@ from .survey import Survey
 
 log = logging.getLogger(__name__)
 
-#: The families that are served.
-FAMILIES = (Family.IPV4,)
 #: Seconds between two writes of the status file at the least.
 STATUS_PAUSE = 0.2
 
@@ -36,12 +35,12 @@ _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 def layout(config: Config) -> Layout:
     """Return what the config makes of the rules."""
     firewall = config.firewall
-    return Layout(firewall.chain, _POSITIONS[firewall.position], firewall.localhost)
+    return Layout(firewall.chain, _POSITIONS[firewall.position], firewall.localhost, firewall.masquerade == "all")
 
 
-def firewalls(its: Layout) -> dict[Family, Firewall]:
-    """Return what writes the rules of each family that is served."""
-    return {family: Tables(NftCommands(family), its) for family in FAMILIES}
+async def firewalls(its: Layout) -> dict[Family, Firewall]:
+    """Return what writes the rules of each family that can be served on this node."""
+    return {family: Tables(NftCommands(family), its) for family in await families()}
 
 
 async def run(config: Config, directory: Path) -> None:
@@ -56,11 +55,16 @@ async def run(config: Config, directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
     shape = layout(config)
-    its = firewalls(shape)
+    its = await firewalls(shape)
     changed = asyncio.Event()
+    # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
+    limit = allow_sockets(2 * config.firewall.reserve_limit) // 2
+    if limit < config.firewall.reserve_limit:
+        log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", limit)
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints, its.values())
-        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape), changed.set)
+        survey = Survey(config, containerd, endpoints, its)
+        reservations = Reservations(limit, survey.container_of)
+        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape, reservations), changed.set)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),

@@ -33,14 +33,16 @@ class AlreadyRunning(Exception):
 class PublicationStatus:
     """One publication, for people and programs.
 
-    ``pod`` is ``namespace/name``, empty where it is none; ``container`` is a pod's sandbox. ``since`` is when its state
-    began, as ISO 8601 in UTC.
+    ``pod`` is ``namespace/name``, empty where it is none; ``container`` is a pod's sandbox. ``mapping`` is as declared,
+    ``bound`` with the host ports that it has, empty unless it is active. ``reason`` is, of an active one, what else
+    there is to say. ``since`` is when its state began, as ISO 8601 in UTC.
     """
 
     namespace: str
     container: str
     pod: str
     mapping: str
+    bound: str
     addresses: list[str]
     state: str
     reason: str
@@ -62,6 +64,7 @@ class PublicationStatus:
             container=publication.container.id if publication.container else "",
             pod=publication.pod or "",
             mapping=str(publication.mapping),
+            bound=str(publication.bound or ""),
             addresses=[str(attachment.address) for attachment in publication.attachments],
             state=str(publication.state),
             reason=publication.reason,

@@ -12,12 +12,13 @@ from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from . import endpoints
+from . import conntrack, endpoints
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
+from .ephemeral import random_ports
 from .firewall import Firewall, FirewallError
-from .model import Candidate, Container, ContainerKey, Endpoint, Obstacle, State
+from .model import Candidate, Container, ContainerKey, Endpoint, Family, NodeFacts, Obstacle, State
 from .pods import Pods, Running
 from .publish import Publications
 
@@ -35,22 +36,24 @@ class Survey:
     """Keeps ``publications`` told of the containers that run, and ``facts`` of the node."""
 
     def __init__(
-        self, config: Config, containerd: Containerd, finder: Endpoints, firewalls: Iterable[Firewall]
+        self, config: Config, containerd: Containerd, finder: Endpoints, firewalls: Mapping[Family, Firewall]
     ) -> None:
-        self._firewalls = tuple(firewalls)
+        self._firewalls = dict(firewalls)
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
         self._pods = Pods()
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
-        self.facts = endpoints.node_facts()
-        self.publications = Publications(config.publish, self.facts, localhost=config.firewall.localhost)
+        self.facts = _facts()
+        self.publications = Publications(
+            config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
+        )
 
     async def node(self) -> None:
         """Look at the node itself."""
-        facts = endpoints.node_facts()
+        facts = _facts()
         try:
-            answers = [await firewall.holders() for firewall in self._firewalls]
+            answers = [await firewall.holders() for firewall in self._firewalls.values()]
             holders = tuple(holder for answer in answers for holder in answer)
         except FirewallError as error:
             log.debug("who else holds host ports cannot be seen, what was known of it stands: %s", error)
@@ -89,6 +92,15 @@ class Survey:
                 found[key] = answer
         self._take_in(found)
         self._ahead.clear()
+
+    def container_of(self, cgroup: str) -> str | None:
+        """Return the container whose process has this in its /proc/PID/cgroup, among those that run."""
+        parts = {part.removesuffix(".scope") for line in cgroup.splitlines() for part in line.split("/")[1:]}
+        # A cgroup may be called PREFIX-ID, and either may have hyphens: the longest id is the one. ctr puts it below
+        # one with the name of the namespace.
+        found = [k for k in self._pods.running if any(part == k.id or part.endswith(f"-{k.id}") for part in parts)]
+        key = max(found, key=lambda key: (len(key.id), key.namespace in parts), default=None)
+        return None if key is None else str(key)
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet and may get one without any event."""
@@ -134,6 +146,11 @@ class Survey:
         for pid in pids:
             with contextlib.suppress(Gone):
                 self._ahead[pid, endpoints.started(pid)] = self._endpoints.find(pid)
+
+
+def _facts() -> NodeFacts:
+    """Return what can be known of the node without asking a program."""
+    return replace(endpoints.node_facts(), free_ports=random_ports(), protocols=conntrack.tracked())
 
 
 def _running(listed: Listed) -> Running | None:

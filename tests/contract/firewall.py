@@ -19,7 +19,8 @@ from ctrport.firewall.plan import Add, Block, Line, New, Plan
 from ctrport.firewall.tables import Kernel, Tables
 from ctrport.firewall.text import TAG, listing, saved, tag
 from ctrport.model import Family, Publication
-from ctrport.rules import USER_CHAIN, Layout, LocalnetRecord, Place, Rule, Ruleset, Table, rules_at, rules_for, skeleton
+from ctrport.owners import LocalnetRecord
+from ctrport.rules import USER_CHAIN, Layout, Place, Rule, Ruleset, Table, rules_at, rules_for, skeleton
 from tests.unit.worlds import NODE, active
 
 T = TypeVar("T")

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from embedded.host import end_process
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, probe_tcp
 from embedded.wait import eventually
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +113,17 @@ class Ctrport:
         self._process = None
         return status
 
+    def close(self) -> None:
+        """End the daemon where it runs, and forget what it said: the next one begins on a node that may be shared."""
+        if self._process is not None:
+            self.stop()
+        self.forget()
+        self.log.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Delete the run directory, as a reboot would."""
+        shutil.rmtree(self.node.path("/run/ctrport"), ignore_errors=True)
+
     def wait(self, within: float = 10) -> int:
         """Wait for the daemon to end by itself, and return its exit status."""
         assert self._process is not None
@@ -129,6 +146,55 @@ class Ctrport:
     @staticmethod
     def _environment() -> dict[str, str]:
         return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+# Binds like any server, says its pid, and goes on until it is ended.
+_LISTENER = """
+import os, socket, sys
+name, address, port, kind = sys.argv[1:]
+open("/proc/self/comm", "w").write(name)
+server = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, int(kind))
+server.bind((address, int(port)))
+if int(kind) == socket.SOCK_STREAM:
+    server.listen()
+print(os.getpid(), flush=True)
+sys.stdin.read()
+"""
+
+
+class Listener:
+    """Another process of the node, that has a port until it is closed. As text it is what ctrport calls it."""
+
+    def __init__(
+        self,
+        node: Node,
+        port: int,
+        *,
+        address: str = "0.0.0.0",
+        kind: socket.SocketKind = socket.SOCK_STREAM,
+        name: str = "webserver",
+    ) -> None:
+        self._name = name
+        argv = (sys.executable, "-I", "-S", "-c", _LISTENER, name, address, str(port), str(int(kind)))
+        self._process = node.spawn(*argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        said = self._process.stdout.readline()
+        assert said, f"{name} could not have {address} port {port}"
+        #: As the node counts.
+        self.pid = int(said)
+
+    def __str__(self) -> str:
+        return f"{self._name} (pid {self.pid})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it. To be called once or more."""
+        end_process(self._process)
 
 
 def publish(*entries: tuple[str, str], settings: str = "") -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from embedded.container import Container
 from embedded.host import CommandError, Host
+from embedded.loopback import loopback_goes_to, loopback_leaves
 from embedded.network import Kind
 from embedded.node import Node
 from embedded.tables import TABLES
@@ -120,6 +121,57 @@ def test_a_server_serves_many_ports(node: Node) -> None:
             for answer in (probe_tcp(node, address_of(web), port), probe_udp(node, address_of(web), port)):
                 assert isinstance(answer, Reply)
                 assert answer.port == port
+
+
+def test_a_server_of_one_family_leaves_the_port_to_the_other(node: Node) -> None:
+    network = node.add_network("br1", subnet="172.18.0.0/16", subnet6="fd00:18::/64")
+    web = node.start("web", network=network)
+    for kind, probe in ((socket.SOCK_STREAM, probe_tcp), (socket.SOCK_DGRAM, probe_udp)):
+        Server(web, 80, kind=kind, address="::", name="six")
+        assert isinstance(probe(node.client, address_of(web), 80), Refused)
+        Server(web, 80, kind=kind, name="four")
+        for address, name, peer in (
+            (address_of(web), "four", node.client_address),
+            (str(web.address6), "six", node.client_address6),
+        ):
+            answer = probe(node.client, address, 80)
+            assert isinstance(answer, Reply)
+            assert (answer.name, answer.peer, answer.source[0]) == (name, peer, peer)
+
+
+def test_sctp_is_asked_as_tcp_is(node: Node) -> None:
+    try:
+        node.socket(proto=socket.IPPROTO_SCTP).close()
+    except OSError as error:
+        pytest.skip(f"this kernel has no sctp: {error}")
+    Server(node, 22, name="tcp")
+    for address in (node.address, node.address6):
+        Server(node, 22, proto=socket.IPPROTO_SCTP, address=address)
+        answer = probe_tcp(node.client, address, 22, proto=socket.IPPROTO_SCTP)
+        assert isinstance(answer, Reply)
+        assert (answer.name, answer.port) == ("node", 22)
+        assert isinstance(probe_tcp(node.client, address, 23, proto=socket.IPPROTO_SCTP), Refused)
+
+
+def test_what_is_for_127_0_0_1_leaves_a_place_that_is_told_so_and_no_longer(node: Node) -> None:
+    network = node.networks[0]
+    web = node.start("web")
+    Server(node, 22, address="127.0.0.1")
+    for place, gateway, device in ((node.client, node.address, "eth0"), (web, network.gateway, network.name)):
+        Server(place, 22, address="127.0.0.1", name=f"itself-{place.name}")
+        node.sysctl(f"net/ipv4/conf/{device}/route_localnet", 1)  # a node that lets it in
+        with loopback_goes_to(gateway, place):
+            answer = probe_tcp(place, "127.0.0.1", 22)
+        assert isinstance(answer, Reply)
+        assert answer.name == "node"
+        answer = probe_tcp(place, "127.0.0.1", 22)
+        assert isinstance(answer, Reply)
+        assert answer.name == f"itself-{place.name}"
+    trusting = Server(node, 7000, kind=socket.SOCK_DGRAM, address=network.gateway)
+    with loopback_leaves(web), web.socket(socket.SOCK_DGRAM) as sender:
+        sender.bind(("127.0.0.5", 0))
+        sender.sendto(b"I am you\n", (network.gateway, 7000))
+        eventually(lambda: [visit.peer for visit in trusting.visits] == ["127.0.0.5"], what="its packet being let in")
 
 
 def test_a_connection_stays_and_is_answered_again(node: Node) -> None:

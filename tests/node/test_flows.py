@@ -7,14 +7,19 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 
 import pytest
 
+from ctrport import conntrack, endpoints, ports
+from ctrport.conntrack import Closed, Opened
+from ctrport.model import Attachment, Endpoint, Family
 from embedded.container import Container
 from embedded.host import Place
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp, probe_udp
 from tests.node.daemon import Ctrport
+from tests.node.modules import call, find, run
 
 DNS = socket.SOCK_DGRAM
 
@@ -31,7 +36,7 @@ class Persistent:
 
     def __init__(self, place: Place, address: str, port: int) -> None:
         self.answers: list[str] = []
-        self._socket = place.socket(socket.SOCK_DGRAM)
+        self._socket = place.socket(socket.SOCK_DGRAM, socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._socket.settimeout(0.05)  # it never leaves its flow alone for longer
         self._socket.connect((address, port))
         self.port: int = self._socket.getsockname()[1]
@@ -242,3 +247,123 @@ def test_changes_of_others_leave_a_connection_and_its_counters_alone(node: Node,
         assert ids(flows(node, "-p", "tcp", "--orig-port-dst", "8080", "--state", "ESTABLISHED")) == flow
         # These rules see the first packet of a connection only, so nothing but a rewriting could change them.
         assert {table: packets(node, "DOCKER", table, "web") for table in ("nat", "filter")} == counted
+
+
+# The same in both families, with rules made by hand
+
+
+@pytest.fixture
+def both() -> Iterator[Node]:
+    """A node whose containers have both families."""
+    with Node() as node:
+        node.start_containerd()
+        node.add_network("docker0", subnet6="fd00:17::/64")
+        node.sysctl("net/ipv4/icmp_ratelimit", 0)
+        node.sysctl("net/ipv6/icmp/ratelimit", 0)
+        yield node
+
+
+class ByHand:
+    """Ports of one container, in one family, with the one rule of each that decides over flows."""
+
+    def __init__(self, node: Node, container: Container, family: Family) -> None:
+        found = find(node, container)
+        assert isinstance(found, Endpoint)
+        attachment = found.at(family)
+        assert attachment is not None
+        self.node = node
+        self.attachment: Attachment = attachment
+        self.address = node.address if family is Family.IPV4 else node.address6
+        self.family = f"ipv{family.value}"
+
+    def rule(self, do: str, text: str) -> None:
+        mapping = ports.parse(text)
+        assert mapping.host_ports is not None
+        to = f"[{self.attachment.address}]" if self.attachment.address.version == 6 else str(self.attachment.address)
+        rule = f"-t nat {do} PREROUTING -p {mapping.protocol} --dport {mapping.host_ports} -d {self.address}"
+        program = "iptables-nft" if self.attachment.address.version == 4 else "ip6tables-nft"
+        self.node.run(program, *f"{rule} -j DNAT --to {to}:{mapping.container_ports}".split())
+
+    def drop_stale(self, touched: Opened | Closed) -> int:
+        addresses = call(self.node, endpoints.node_facts).addresses
+        assert ip_address(self.address) in addresses
+        return run(self.node, conntrack.drop_stale, [touched], addresses)
+
+
+def ask(connection: socket.socket) -> bytes:
+    connection.sendall(b"still there?\n")
+    return connection.recv(200)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of this run", "of an earlier run"])
+@pytest.mark.parametrize("family", Family)
+def test_connections_are_cut_with_their_mapping_though_the_container_lives_on(
+    both: Node, family: Family, known: bool
+) -> None:
+    web = both.start("web")
+    hands = {each: ByHand(both, web, each) for each in Family}
+    withdrawn, kept = hands.pop(family), next(iter(hands.values()))
+    mapping = ports.parse("8080:80")
+    connections = []
+    for each in (withdrawn, kept):
+        Server(web, [80, 81], address="::" if each.family == "ipv6" else "0.0.0.0")
+        each.rule("-A", "8080:80")
+    withdrawn.rule("-A", "8081:81")
+    for address, port in ((withdrawn.address, 8080), (withdrawn.address, 8081), (kept.address, 8080)):
+        connections.append(both.client.socket(family=socket.AF_INET6 if ":" in address else socket.AF_INET))
+        connections[-1].settimeout(2)
+        connections[-1].connect((address, port))
+        assert connections[-1].recv(200)
+    cut, other_port, other_family = connections
+    if known:
+        closed = Closed(mapping, withdrawn.attachment)
+    else:  # a mapping bound to the address, for one that is not would be the other family's as well
+        text = f"[{withdrawn.address}]:8080:80" if ":" in withdrawn.address else f"{withdrawn.address}:8080:80"
+        closed = Closed(ports.parse(text), None)
+    withdrawn.rule("-D", "8080:80")
+    assert ask(cut)  # the rule was asked once only: that is what this is for
+    assert withdrawn.drop_stale(closed) == 1
+    with pytest.raises(ConnectionError):
+        ask(cut)
+    assert ask(other_port)
+    assert ask(other_family)
+    assert withdrawn.drop_stale(closed) == 0
+    for connection in connections:
+        connection.close()
+
+
+def test_connections_of_an_earlier_run_are_cut_in_both_families(both: Node) -> None:
+    web = both.start("web")
+    connections = []
+    for each in (ByHand(both, web, family) for family in Family):
+        Server(web, 80, address="::" if each.family == "ipv6" else "0.0.0.0")
+        each.rule("-A", "8080:80")
+        connections.append(both.client.socket(family=socket.AF_INET6 if ":" in each.address else socket.AF_INET))
+        connections[-1].settimeout(2)
+        connections[-1].connect((each.address, 8080))
+        assert connections[-1].recv(200)
+        each.rule("-D", "8080:80")
+    assert each.drop_stale(Closed(ports.parse("8080:80"), None)) == 2
+    for connection in connections:
+        with connection, pytest.raises(ConnectionError):
+            ask(connection)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_a_udp_client_from_before_the_rule_reaches_the_container(both: Node, family: Family) -> None:
+    web = both.start("web")
+    hand = ByHand(both, web, family)
+    Server(web, 53, kind=DNS, address=str(hand.attachment.address))
+    hand.rule("-A", "1:1")  # some rule: without any the kernel tracks no flow
+    tracked = ("-f", hand.family, "-p", "udp", "--orig-port-dst", "5353")
+    with persistent(both.client, hand.address, 5353) as client:
+        eventually(lambda: flows(both, *tracked), what="the flow being tracked")
+        hand.rule("-A", "5353:53/udp")
+        opened = Opened(ports.parse("5353:53/udp"), hand.attachment)
+        assert client.answers == []
+        assert hand.drop_stale(opened) == 1
+        eventually(lambda: "web" in client.answers, within=AT_ONCE, what="the container answering the client")
+        now = ids(flows(both, *tracked))
+        assert now == ids(flows(both, *tracked, "--reply-src", str(hand.attachment.address)))
+        assert hand.drop_stale(opened) == 0
+        assert ids(flows(both, *tracked)) == now

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +56,18 @@ def bounding_set() -> str:
     found = re.search(r"^CapabilityBoundingSet=(.+)$", UNIT.read_text(), re.MULTILINE)
     assert found is not None
     return ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in found[1].split())])
+
+
+def active(node: Node, count: int) -> list[dict[str, Any]]:
+    """Wait until the daemon says that so many mappings are active, and return what it says of them."""
+
+    def said() -> list[dict[str, Any]] | None:
+        published: list[dict[str, Any]] = json.loads(node.path("/run/ctrport/status.json").read_text())["publications"]
+        return published if [one["state"] for one in published] == ["active"] * count else None
+
+    found = eventually(said, what=f"{count} active mappings")
+    assert found is not None
+    return found
 
 
 def seeming_systemctl(directory: Path) -> Path:
@@ -102,19 +116,22 @@ def test_install_upgrade_and_uninstall(node: Node, tmp_path: Path) -> None:
 
     # It runs with no more than the unit gives it.
     part = node.path("/etc/ctrport/conf.d/web.yaml")
-    part.write_text(publish(("{container: web}", "8080:80")))
+    part.write_text(publish(("{container: web}", "8080:80"), ("{container: web}", "443:80")))
     with (tmp_path / "log").open("w") as log:
         argv = ("setpriv", "--bounding-set", bounding_set(), "--no-new-privs", "/usr/local/sbin/ctrport", "run")
         daemon = node.spawn(*argv, env=SERVICE, cwd="/", stderr=log)
     wait_open(node, 8080, "web")
     assert isinstance(probe_tcp(node, "127.0.0.1", 8080), Reply)
+    wait_open(node, 443, "web")
+    assert {one["reason"] for one in active(node, 2)} == {""}  # reserved, the port below 1024 too
 
     # While the daemon runs its rules cannot be removed, so the program is not either.
     refused = node.run(*make, "uninstall", check=False, env=env)
     assert refused.returncode == 2  # make's
     assert "uninstall: rules may be left, so nothing is deleted" in refused.stderr
     assert isinstance(probe_tcp(node.client, node.address, 8080), Reply)
-    assert node.run("ctrport", "ps", env=SERVICE).stdout.splitlines()[1].split()[:2] == ["default/web", "8080:80/tcp"]
+    shown = [line.split()[:2] for line in node.run("ctrport", "ps", env=SERVICE).stdout.splitlines()[1:]]
+    assert shown == [["default/web", "443:80/tcp"], ["default/web", "8080:80/tcp"]]
 
     # An upgrade leaves the configuration, and has a running service restarted without waiting for it.
     node.path("/run/systemd/system").mkdir(parents=True)

@@ -38,7 +38,7 @@ def to_change(ctrport: Ctrport) -> list[str]:
     assert (ended.returncode, ended.stderr) == (3, "")
     lines: list[str] = ended.stdout.splitlines()
     assert lines
-    assert all(re.fullmatch(r"\*(raw|nat|filter)|[+-] .+", line) for line in lines)
+    assert all(re.fullmatch(r"\*(raw|nat|filter)( of IPv6)?|[+-] .+", line) for line in lines)
     return lines
 
 
@@ -54,13 +54,14 @@ def rules(lines: list[str], sign: str) -> list[tuple[str, str]]:
 
 
 def ours(node: Node) -> list[tuple[str, str]]:
-    """Return the rules of ours that the kernel holds, as `rules` does."""
+    """Return the rules of ours that the kernel holds in both families, as `rules` does."""
     found, table = [], ""
-    for line in node.run("iptables-nft-save").stdout.splitlines():
-        if line.startswith("*"):
-            table = line[1:]
-        elif '--comment "ctrport ' in line:
-            found.append((table, line))
+    for program, family in (("iptables-nft-save", ""), ("ip6tables-nft-save", " of IPv6")):
+        for line in node.run(program).stdout.splitlines():
+            if line.startswith("*"):
+                table = line[1:] + family
+            elif '--comment "ctrport ' in line:
+                found.append((table, line))
     return found
 
 
@@ -137,7 +138,7 @@ def test_plan_shows_what_run_would_take_away(node: Node, ctrport: Ctrport) -> No
     assert rules(lines, "+") == []
     ctrport.start()
     wait_open(node, 8081, "shop")
-    assert sorted(ours(node)) == sorted(set(before) - set(gone))
+    assert sorted([*ours(node), *gone]) == sorted(before)
 
 
 def test_plan_with_the_last_mapping_gone_switches_route_localnet_off_first(node: Node, ctrport: Ctrport) -> None:
@@ -169,6 +170,27 @@ def test_plan_of_another_configuration_while_the_daemon_runs(node: Node, ctrport
     ctrport.start()
     wait_open(node, 8081, "web")
     assert sorted(ours(node)) == sorted(before + added)
+
+
+def test_plan_while_the_daemon_holds_the_host_ports_shows_what_drifted_or_leads_elsewhere(
+    node: Node, ctrport: Ctrport
+) -> None:
+    Server(node.start("web"), [80, 81])
+    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "8000-8002:80/udp")))
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    gone = [rule for rule in ours(node) if rule[0].startswith("nat") and "-A DOCKER " in rule[1]]
+    for program in ("iptables-nft", "ip6tables-nft"):
+        node.run(program, "-t", "nat", "-F", "DOCKER")
+    lines = to_change(ctrport)
+    assert (sorted(rules(lines, "+")), rules(lines, "-")) == (sorted(gone), [])
+    ctrport.stop()
+    ctrport.start()
+    ctrport.configure(publish(("{container: web}", "8080:81"), ("{container: web}", "8000-8002:80/udp")))
+    lines = to_change(ctrport)
+    assert len(rules(lines, "+")) == len(rules(lines, "-")) == 3
+    assert all("ctrport default/web 8080:81/tcp " in rule for _, rule in rules(lines, "+"))
+    assert all("ctrport default/web 8080:80/tcp " in rule for _, rule in rules(lines, "-"))
 
 
 def test_plan_takes_the_parts_in_conf_d(node: Node, ctrport: Ctrport) -> None:

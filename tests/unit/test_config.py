@@ -4,7 +4,7 @@ import fnmatch
 import json
 import re
 from dataclasses import fields
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ctrport import config
 from ctrport.config import Config, ConfigError, Containerd, Firewall, Problem
-from ctrport.model import Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
+from ctrport.model import Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
 from tests.unit import strategies
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
@@ -64,7 +64,7 @@ publish:
     https = Mapping(IPv4Address("127.0.0.1"), PortRange(8443, 8443), PortRange(443, 443), tcp)
     assert config.parse(text, "/etc/x.yaml") == Config(
         Containerd("/run/k3s/containerd/containerd.sock", ("default", "k8s.io")),
-        Firewall("iptables-nft", "PORTS", "last", False, "remove"),
+        Firewall("iptables-nft", "PORTS", "last", localhost=False, on_stop="remove"),
         (
             Declaration(
                 Selector("default", "redis"),
@@ -234,7 +234,7 @@ def test_a_part_sets_nothing_but_publish(key: str, value: str) -> None:
 def test_the_problems_of_all_files_are_reported_at_once_in_the_order_of_the_files() -> None:
     said = problems_in_parts(
         "firewall: {on_stop: x}\nfoo: 1\n",
-        "publish:\n- match: {container: a}\n  ports: [80]\nfirewall: {}\ncontainerd: {}\n",
+        "publish:\n- match: {container: a}\n  ports: [0]\nfirewall: {}\ncontainerd: {}\n",
         entry("good", 1),
         "publish: [\n",
         "- a",
@@ -293,6 +293,8 @@ def test_the_commented_entries_of_the_example_are_good() -> None:
     declarations = config.parse(uncommented(), "f").publish
     assert [str(declaration.selector) for declaration in declarations] == [
         "namespace=default, container=redis",
+        "container=worker-*",
+        "container=admin",
         "label app=web",
         "pod (namespace=shop, name=web-*)",
         "pod (label app=dns), container=coredns",
@@ -301,6 +303,10 @@ def test_the_commented_entries_of_the_example_are_good() -> None:
         "6379:6379/tcp",
         "127.0.0.1:8443:443/tcp",
         "5000-5010:5000-5010/udp",
+        "8000-8010:80/tcp",
+        "9090/tcp",
+        "8443:443/tcp",
+        "[2001:db8::7]:8444:443/tcp",
         "8080:80/tcp",
         "8081:80/tcp",
         "192.0.2.7:53:53/udp",
@@ -321,6 +327,8 @@ firewall:
   position: top
   localhost: yes
   chain: OK
+  masquerade: some
+  reserve_limit: -1
   on_stop:
 publlish: []
 publish:
@@ -332,6 +340,14 @@ publish:
   - match: {labels: {}}
     ports: [80, "127.0.0.1::80", "8000-8010:80"]
     port: ["1:1"]
+  - match: {container: a}
+    ports: ["1:1"]
+    sources: [10.0.0.0/8, 10.0.0.1, 10.0.0.1/8, ten, ~, 10/8, "fe80::1%eth0", "2001:db8::/32"]
+    interface: eth0/1
+  - match: {container: a}
+    ports: ["1:1"]
+    sources: []
+    interface: ["eth0"]
   - nothing
   -
   - match: {pod: {}}
@@ -354,37 +370,42 @@ f:7:10: `firewall.chain` is 'INPUT', a word that iptables has a meaning for; exp
 f:8:13: `firewall.position` is 'top'; expected auto, first or last
 f:9:14: `firewall.localhost` is 'yes'; expected true or false
 f:10:3: the key 'chain' stands on line 7 already; expected each once
-f:11:3: `firewall.on_stop` is empty; expected keep or remove
-f:12:1: the file has no key 'publlish'; expected containerd, firewall or publish (did you mean publish?)
-f:14:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
-f:15:12: `publish[].ports` is an empty list; expected {ports}
-f:16:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
-f:16:46: `publish[].match.container` is '[b-a]', with a range that runs backwards; expected {container_glob}
-f:16:64: the label 'app' is empty; expected text, or "" for an empty value
-f:16:71: a label has no name; expected one, such as app in {{app: web}}
-f:16:81: the label 'c' is a list; expected text, or "" for an empty value
-f:17:24: '8080:81' claims a host port that '8080:80' on line 17 has; expected each once
-f:17:33: '80:80:80' has the host address '80'; expected an IPv4 address or an IPv6 address in brackets
-f:17:45: an entry of `publish[].ports` is empty; expected {port}
-f:17:48: an entry of `publish[].ports` is a mapping; expected {port}
-f:17:80: '53:53/sctp' is for sctp, which this version does not publish yet; expected tcp or udp
-f:17:94: '[::1]:1:1' has an IPv6 host address, which this version does not publish on yet; {ipv4}
-f:18:5: `publish[].match` is missing; expected {match}
-f:18:12: `publish[].ports` is '80:80'; expected {ports}
-f:19:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
-f:20:13: '80' has no host port, and this version does not choose one yet; expected hostPort:containerPort
-f:20:17: '127.0.0.1::80' has no host port, and this version does not choose one yet; expected hostPort:containerPort
-f:20:34: '8000-8010:80' has several host ports for one container port, and this version does not choose one yet; {one}
-f:21:5: an entry of `publish` has no key 'port'; expected match or ports (did you mean ports?)
-f:22:5: an entry of `publish` is 'nothing'; expected a mapping with match and ports
-f:23:4: an entry of `publish` is empty; expected a mapping with match and ports
-f:24:18: `publish[].match.pod` is a mapping without a condition, which would match every pod; expected {pod}
-f:26:30: `publish[].match.pod.namespace` is 'a/b'; expected {pod_namespace_glob}
-f:26:41: `publish[].match.pod.name` is '[a', with a '[' that is not closed; expected {pod_name_glob}
-f:26:56: the label 'app' is empty; expected text, or "" for an empty value
-f:26:63: a label has no name; expected one, such as app in {{app: web}}
-f:26:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
-f:28:18: `publish[].match.pod` is 'web'; expected {pod}
+f:11:15: `firewall.masquerade` is 'some'; expected hairpin or all
+f:12:18: `firewall.reserve_limit` is '-1'; expected a number of ports from 0 to 196605, in plain digits
+f:13:3: `firewall.on_stop` is empty; expected keep or remove
+f:14:1: the file has no key 'publlish'; expected containerd, firewall or publish (did you mean publish?)
+f:16:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
+f:17:12: `publish[].ports` is an empty list; expected {ports}
+f:18:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
+f:18:46: `publish[].match.container` is '[b-a]', with a range that runs backwards; expected {container_glob}
+f:18:64: the label 'app' is empty; expected text, or "" for an empty value
+f:18:71: a label has no name; expected one, such as app in {{app: web}}
+f:18:81: the label 'c' is a list; expected text, or "" for an empty value
+f:19:24: '8080:81' claims a host port that '8080:80' on line 19 has; expected each once
+f:19:33: '80:80:80' has the host address '80'; expected an IPv4 address or an IPv6 address in brackets
+f:19:45: an entry of `publish[].ports` is empty; expected {port}
+f:19:48: an entry of `publish[].ports` is a mapping; expected {port}
+f:20:5: `publish[].match` is missing; expected {match}
+f:20:12: `publish[].ports` is '80:80'; expected {ports}
+f:21:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
+f:23:5: an entry of `publish` has no key 'port'; expected match, ports, sources or interface (did you mean ports?)
+f:26:37: an entry of `publish[].sources` is '10.0.0.1/8', which is a host in 10.0.0.0/8; expected {source}
+f:26:49: an entry of `publish[].sources` is 'ten'; expected {source}
+f:26:54: an entry of `publish[].sources` is empty; expected {source}
+f:26:57: an entry of `publish[].sources` is '10/8'; expected {source}
+f:26:63: an entry of `publish[].sources` is 'fe80::1%eth0', with a zone, which no rule can hold; expected {source}
+f:27:16: `publish[].interface` is 'eth0/1'; expected the name of one of the node's devices, such as eth0
+f:30:14: `publish[].sources` is an empty list; expected {sources}
+f:31:16: `publish[].interface` is a list; expected the name of one of the node's devices, such as eth0
+f:32:5: an entry of `publish` is 'nothing'; expected {entry}
+f:33:4: an entry of `publish` is empty; expected {entry}
+f:34:18: `publish[].match.pod` is a mapping without a condition, which would match every pod; expected {pod}
+f:36:30: `publish[].match.pod.namespace` is 'a/b'; expected {pod_namespace_glob}
+f:36:41: `publish[].match.pod.name` is '[a', with a '[' that is not closed; expected {pod_name_glob}
+f:36:56: the label 'app' is empty; expected text, or "" for an empty value
+f:36:63: a label has no name; expected one, such as app in {{app: web}}
+f:36:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
+f:38:18: `publish[].match.pod` is 'web'; expected {pod}
 """.format(
     address="the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     a_namespace="the name of a containerd namespace, such as k8s.io",
@@ -395,10 +416,11 @@ f:28:18: `publish[].match.pod` is 'web'; expected {pod}
     pod="a mapping with namespace, name or labels of a pod, as Kubernetes knows it",
     pod_namespace_glob="the name of a Kubernetes namespace, in which * ? and [...] match as in a shell",
     pod_name_glob="the name of a pod, in which * ? and [...] match as in a shell",
+    entry="a mapping with match and ports, and perhaps sources and interface",
+    source="an address or a network, such as 192.0.2.0/24",
+    sources="a list of the networks that may reach the ports, such as [192.0.2.0/24, 2001:db8::/32]",
     ports='a list of port mappings, such as ["8080:80"]',
     port="a port mapping, [hostIP:][hostPort[-end]:]containerPort[-end][/protocol]",
-    ipv4="expected an IPv4 address or none",
-    one="expected one",
 )
 
 
@@ -422,7 +444,9 @@ def test_problems_are_values_in_the_order_of_the_file() -> None:
     assert str(caught.value.problems[1]) == "dir/f.yaml:2:21: `firewall.on_stop` is 'x'; expected keep or remove"
 
 
-FIREWALL = "a mapping with backend, chain, position, localhost and on_stop, or the key left out"
+FIREWALL = (
+    "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
+)
 FILE = "a mapping with the keys containerd, firewall and publish, each of which may be left out"
 NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall or publish"
 BAD_YAML = {
@@ -648,8 +672,8 @@ def test_mappings_of_different_entries_may_claim_one_host_port() -> None:
 
 
 def test_ports_are_checked_in_an_entry_that_is_wrong_elsewhere() -> None:
-    text = 'publish: [{match: 1, prots: 2, ports: ["80", "80:80", "80:80"]}]'
-    assert [problem.split(":")[2] for problem in problems(text)] == ["19", "22", "40", "55"]
+    text = 'publish: [{match: 1, prots: 2, ports: ["0", "80:80", "80:80"]}]'
+    assert [problem.split(":")[2] for problem in problems(text)] == ["19", "22", "40", "54"]
 
 
 def test_a_list_of_bad_items_is_not_called_empty() -> None:
@@ -726,3 +750,31 @@ def test_any_text_is_a_config_or_problems(text: str) -> None:
         assert problem.isprintable()
         assert len(problem) < 500
         assert re.match(r"f:[1-9][0-9]*:[1-9][0-9]*: \S", problem)
+
+
+def test_who_may_reach_the_ports_is_read() -> None:
+    text = """
+publish:
+  - match: {container: a}
+    ports: ["80", "8000-8010:80", "[2001:db8::1]:53:53/UDP", "9:9/sctp"]
+    sources: [192.0.2.0/24, 198.51.100.7, "2001:db8::/32"]
+    interface: eth0.7
+  - match: {container: b}
+    ports: ["80"]
+"""
+    limited, anyone = config.parse(text, "f").publish
+    networks = ("192.0.2.0/24", "198.51.100.7/32", "2001:db8::/32")
+    assert limited.access == Access(tuple(map(ip_network, networks)), "eth0.7")
+    assert list(map(str, limited.mappings)) == ["80/tcp", "8000-8010:80/tcp", "[2001:db8::1]:53:53/udp", "9:9/sctp"]
+    assert anyone.access == Access()
+
+
+@pytest.mark.parametrize("limit", ["0", "4096", "196605"])
+def test_a_limit_for_reserved_ports_is_a_number(limit: str) -> None:
+    assert config.parse(f"firewall: {{reserve_limit: {limit}}}", "f").firewall.reserve_limit == int(limit)
+
+
+@pytest.mark.parametrize("limit", ["196606", "4_096", "04096", "1e3", "0x10", "all", "'4096 '"])
+def test_a_limit_for_reserved_ports_that_is_none_is_refused(limit: str) -> None:
+    (problem,) = problems(f"firewall: {{reserve_limit: {limit}}}")
+    assert problem.endswith("; expected a number of ports from 0 to 196605, in plain digits")

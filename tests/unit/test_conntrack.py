@@ -29,6 +29,8 @@ icmp     1 29 src=198.51.100.7 dst=192.0.2.1 type=8 code=0 id=3 src=192.0.2.1 ds
 mark=0 use=1
 sctp     132 3 CLOSED src=2001:db8::7 dst=2001:db8::1 sport=40002 dport=99 \
 src=fd00::2 dst=2001:db8::7 sport=9 dport=40002 mark=0 use=1
+udp      17 29 src=2001:db8::7 dst=2001:db8::1 sport=34197 dport=53 [UNREPLIED] \
+src=2001:db8::1 dst=2001:db8::7 sport=53 dport=34197 mark=0 use=1
 """
 
 
@@ -43,8 +45,9 @@ def test_a_listing_of_flows_is_read_as_conntrack_prints_it() -> None:
         flow("192.0.2.1", 53, "192.0.2.1", 53),
         flow("192.0.2.1", 53, "172.17.0.2", 5353),
         flow("2001:db8::1", 99, "fd00::2", 9, Protocol.SCTP),
+        flow("2001:db8::1", 53, "2001:db8::1", 53),
     ]
-    assert [each.translated for each in parse(LISTED)] == [True, False, False, True, True]
+    assert [each.translated for each in parse(LISTED)] == [True, False, False, True, True, False]
     assert list(parse("")) == []
 
 
@@ -81,6 +84,27 @@ def test_what_was_decided_without_the_rule_is_stale_once_there_is_one(text: str,
     assert Opened(mapping(text), worlds.attachment()).is_stale(tracked, NODE) is expected
 
 
+STALE_ONCE_OPEN_FOR_IPV6: list[tuple[str, Flow, bool]] = [
+    ("53:53/udp", flow("2001:db8::1", 53, "2001:db8::1", 53), True),
+    ("[::]:53:53/udp", flow("2001:db8::1", 53, "2001:db8::1", 53), True),
+    ("[2001:db8::1]:53:53/udp", flow("2001:db8::1", 53, "2001:db8::1", 53), True),
+    ("[2001:db8::2]:53:53/udp", flow("2001:db8::1", 53, "2001:db8::1", 53), False),
+    ("53:53/udp", flow("2001:db8::1", 53, "fd00::9", 53), True),
+    ("53:53/udp", flow("2001:db8::1", 53, "fd00::2", 53), False),
+    ("53:53/udp", flow("2001:db8::53", 53, "2001:db8::53", 53), False),
+    # No rule sends that anywhere, so it was decided right.
+    ("53:53/udp", flow("::1", 53, "::1", 53), False),
+    # The other family's mapping has its own rules.
+    ("53:53/udp", flow("192.0.2.1", 53, "192.0.2.1", 53), False),
+    ("[::]:53:53/udp", flow("127.0.0.1", 53, "127.0.0.1", 53), False),
+]
+
+
+@pytest.mark.parametrize(("text", "tracked", "expected"), STALE_ONCE_OPEN_FOR_IPV6)
+def test_for_ipv6_it_is_the_same_but_for_loopback(text: str, tracked: Flow, expected: bool) -> None:
+    assert Opened(mapping(text), worlds.attachment("fd00::2")).is_stale(tracked, NODE) is expected
+
+
 STALE_ONCE_CLOSED: list[tuple[str, Flow, bool]] = [
     ("8080:80", flow("192.0.2.1", 8080, "172.17.0.2", 80, Protocol.TCP), True),
     # What kube-proxy translated to the same container, by another port.
@@ -100,17 +124,36 @@ def test_what_went_through_a_mapping_is_stale_once_it_is_closed(text: str, track
     assert Closed(mapping(text), worlds.attachment()).is_stale(tracked, NODE) is expected
 
 
+def test_what_went_through_a_closed_mapping_is_stale_in_the_family_that_was_closed() -> None:
+    over6 = flow("2001:db8::1", 8080, "fd00::2", 80, Protocol.TCP)
+    assert Closed(mapping("8080:80"), worlds.attachment("fd00::2")).is_stale(over6, NODE)
+    assert not Closed(mapping("8080:80"), worlds.attachment("172.17.0.2")).is_stale(over6, NODE)
+    assert Closed(mapping("8080:80"), None).is_stale(over6, NODE)
+    assert not Closed(mapping("0.0.0.0:8080:80"), None).is_stale(over6, NODE)
+
+
+def test_where_others_are_let_in_from_now_on_connections_live_and_datagrams_are_decided_anew() -> None:
+    here = worlds.attachment()
+    for protocol, stale in ((Protocol.UDP, True), (Protocol.SCTP, True), (Protocol.TCP, False)):
+        through = flow("192.0.2.1", 8080, "172.17.0.2", 80, protocol)
+        assert Closed(mapping(f"8080:80/{protocol}"), here, connections=False).is_stale(through, NODE) is stale
+
+
 class Commands:
     """Stands where conntrack is run: keeps what was asked of it, and answers a list with ``LISTED``."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> None:
         self.run: list[tuple[str, ...]] = []
+        self.failing = failing
         monkeypatch.setattr(conntrack, "_run", self._answer)
 
     async def _answer(self, *argv: str) -> str:
         self.run.append(argv)
-        protocol = argv[2]
+        _, _, family, _, protocol, *_ = argv
         lines = [line for line in LISTED.splitlines(keepends=True) if line.startswith(f"{protocol} ")]
+        lines = [line for line in lines if ("::" in line) is (family == "ipv6")]
+        if family == self.failing:
+            raise conntrack.ConntrackError(f"conntrack failed for {family}")
         return "".join(lines) if argv[0] == "-L" else ""
 
 
@@ -123,10 +166,41 @@ def test_only_stale_flows_are_removed_each_by_all_that_names_it(monkeypatch: pyt
     to_node = ("--orig-port-dst", "53", "--orig-dst", "192.0.2.1")
     assert drop([Opened(mapping("53:53/udp"), worlds.attachment("172.17.0.9"))]) == 2
     assert commands.run == [
-        ("-L", "-p", "udp", "--orig-port-dst", "53"),
-        ("-D", "-p", "udp", *to_node, "--reply-src", "172.17.0.2", "--reply-port-src", "5353"),
-        ("-D", "-p", "udp", *to_node, "--reply-src", "192.0.2.1", "--reply-port-src", "53"),
+        ("-L", "-f", "ipv4", "-p", "udp", "--orig-port-dst", "53"),
+        ("-D", "-f", "ipv4", "-p", "udp", *to_node, "--reply-src", "172.17.0.2", "--reply-port-src", "5353"),
+        ("-D", "-f", "ipv4", "-p", "udp", *to_node, "--reply-src", "192.0.2.1", "--reply-port-src", "53"),
     ]
+
+
+def test_of_a_mapping_in_both_families_the_flows_of_both_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands(monkeypatch)
+    assert drop([Opened(mapping("53:53/udp"), worlds.attachment(each)) for each in ("172.17.0.9", "fd00::9")]) == 3
+    assert [argv[:3] for argv in commands.run if argv[0] == "-L"] == [("-L", "-f", "ipv4"), ("-L", "-f", "ipv6")]
+    to_node = ("--orig-port-dst", "53", "--orig-dst", "2001:db8::1")
+    reply = ("--reply-src", "2001:db8::1", "--reply-port-src", "53")
+    assert commands.run[-1] == ("-D", "-f", "ipv6", "-p", "udp", *to_node, *reply)
+
+
+@pytest.mark.parametrize(
+    ("text", "families"),
+    [("8080:80", ["ipv4", "ipv6"]), ("192.0.2.1:8080:80", ["ipv4"]), ("[2001:db8::1]:8080:80", ["ipv6"])],
+)
+def test_where_an_earlier_runs_rules_led_to_is_looked_for_in_all_families_of_the_mapping(
+    monkeypatch: pytest.MonkeyPatch, text: str, families: list[str]
+) -> None:
+    commands = Commands(monkeypatch)
+    drop([Closed(mapping(text), None)])
+    assert [argv[2] for argv in commands.run if argv[0] == "-L"] == families
+
+
+@pytest.mark.parametrize(("failing", "dropped"), [("ipv4", "2001:db8::1"), ("ipv6", "192.0.2.1")])
+def test_a_family_that_fails_does_not_keep_the_other_from_being_done(
+    monkeypatch: pytest.MonkeyPatch, failing: str, dropped: str
+) -> None:
+    commands = Commands(monkeypatch, failing)
+    with pytest.raises(conntrack.ConntrackError, match=f"failed for {failing}"):
+        drop([Opened(mapping("53:53/udp"), worlds.attachment(each)) for each in ("172.17.0.2", "fd00::9")])
+    assert {argv[argv.index("--orig-dst") + 1] for argv in commands.run if argv[0] == "-D"} == {dropped}
 
 
 def test_what_was_touched_is_looked_for_once_a_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +210,9 @@ def test_what_was_touched_is_looked_for_once_a_protocol(monkeypatch: pytest.Monk
     assert drop(touched) == 0
     # Conntrack filters by one port or by none.
     assert commands.run == [
-        ("-L", "-p", "sctp"),
-        ("-L", "-p", "tcp"),
-        ("-L", "-p", "udp", "--orig-port-dst", "1"),
+        ("-L", "-f", "ipv4", "-p", "sctp"),
+        ("-L", "-f", "ipv4", "-p", "tcp"),
+        ("-L", "-f", "ipv4", "-p", "udp", "--orig-port-dst", "1"),
     ]
 
 

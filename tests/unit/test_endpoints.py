@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrport import endpoints
-from ctrport.endpoints import Gone, Route, choose, local_addresses, routes
+from ctrport.endpoints import (
+    Address6,
+    Gone,
+    Route,
+    addresses6,
+    choose,
+    choose6,
+    default_devices6,
+    local_addresses,
+    routes,
+)
 from ctrport.model import Family
 
 LOOPBACK_TRIE = """\
@@ -223,6 +234,122 @@ def test_what_is_chosen_is_one_of_the_containers_own(own: list[IPv4Address], kno
         assert chosen[1] is None or chosen[1] in {route.device for route in known}
 
 
+# IPv6
+
+# Of a container on a bridge, the default way, just made: its address is tentative.
+JUST_MADE = """\
+00000000000000000000000000000001 01 80 10 80       lo
+fe800000000000006469fbfffeb9ee55 02 40 20 c0     eth0
+fd000017000000000000000000000002 02 40 00 c0     eth0
+"""
+# A duplicate of the bridge's own and a deprecated one, between others.
+OF_ALL_KINDS = """\
+fd000017000000000000000000000001 02 40 00 c8     eth0
+00000000000000000000000000000001 01 80 10 80       lo
+fe800000000000004c721efffead35c4 02 40 20 80     eth0
+fd00001700000000000000000000000a 02 40 00 82     eth0
+fe8000000000000090c586fffed8101a 03 40 20 80     eth1
+fd000017000000000000000000000005 02 40 00 a2     eth0
+20010db8000a00000000000000000007 03 40 00 82     eth1
+fd000017000000000000000000000009 02 40 00 82     eth0
+"""
+OF_ALL_KINDS_ROUTES = """\
+20010db8000a00000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 \
+00000100 00000002 00000000 00000001     eth1
+20010db8000b00000000000000000000 30 00000000000000000000000000000000 00 fd000017000000000000000000000001 \
+00000400 00000001 00000000 00000003     eth0
+fd000017000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 \
+00000100 00000001 00000000 00000001     eth0
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 fd000017000000000000000000000001 \
+00000400 00000001 00000000 00000003     eth0
+00000000000000000000000000000001 80 00000000000000000000000000000000 00 00000000000000000000000000000000 \
+00000000 00000003 00000000 80200001       lo
+ff000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000000000000000000000000000 \
+00000100 00000005 00000000 00000001     eth0
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 00000000000000000000000000000000 \
+ffffffff 00000001 00000000 00200200       lo
+"""
+
+
+def own6(address: str, device: str = "eth0", **state: bool) -> Address6:
+    return Address6(IPv6Address(address), device, **state)
+
+
+def test_addresses_of_ipv6_are_read_with_their_state_but_not_those_of_a_link_alone() -> None:
+    assert addresses6(JUST_MADE) == [own6("::1", "lo"), own6("fd00:17::2", tentative=True)]
+    assert addresses6(OF_ALL_KINDS) == [
+        own6("fd00:17::1", tentative=True, duplicate=True),
+        own6("::1", "lo"),
+        own6("fd00:17::a"),
+        own6("fd00:17::5", second_rate=True),
+        own6("2001:db8:a::7", "eth1"),
+        own6("fd00:17::9"),
+    ]
+    assert addresses6("fd000017000000000000000000000003 02 40 00 01     eth0\n") == [
+        own6("fd00:17::3", second_rate=True)  # a temporary one, RFC 8981
+    ]
+    assert addresses6("") == []
+
+
+def test_a_default_route_that_refuses_is_none() -> None:
+    assert default_devices6(OF_ALL_KINDS_ROUTES) == ["eth0"]
+    assert default_devices6(OF_ALL_KINDS_ROUTES.replace("00000003     eth0", "00000003     eth1")) == ["eth1"]
+    assert default_devices6("") == []
+
+
+CHOSEN6: dict[str, tuple[list[Address6], list[str], str | None, str | None]] = {
+    "all kinds": (addresses6(OF_ALL_KINDS), ["eth0"], None, "fd00:17::9"),
+    "the default route's device": (addresses6(OF_ALL_KINDS), ["eth1"], None, "2001:db8:a::7"),
+    "no default route": (addresses6(OF_ALL_KINDS), [], None, "2001:db8:a::7"),
+    "a tentative one": (addresses6(JUST_MADE), [], None, "fd00:17::2"),
+    "two routing tables": (addresses6(OF_ALL_KINDS), ["eth1", "eth0"], "eth0", "fd00:17::9"),
+    "no default route beside IPv4": (addresses6(OF_ALL_KINDS), ["eth1"], "eth0", "2001:db8:a::7"),
+    "a second-rate one alone": ([own6("fd00::1", second_rate=True)], ["eth0"], None, "fd00::1"),
+    "a second-rate one beside another": (
+        [own6("fd00::1", second_rate=True), own6("fd00::2", "eth1")],
+        ["eth0"],
+        None,
+        "fd00::2",
+    ),
+    "a duplicate": ([own6("fd00::1", duplicate=True)], ["eth0"], None, None),
+    "loopback alone": ([own6("::1", "lo")], [], None, None),
+    "no IPv6": ([], [], None, None),
+}
+
+
+@pytest.mark.parametrize("case", CHOSEN6)
+def test_of_ipv6_the_address_is_that_of_the_default_routes_device_or_the_lowest(case: str) -> None:
+    own, defaults, beside, expected = CHOSEN6[case]
+    chosen = choose6(own, defaults, beside)
+    assert (None if chosen is None else str(chosen[0])) == expected
+    if chosen is not None:
+        assert chosen[1] == next(one.device for one in own if one.address == chosen[0])
+
+
+def test_this_machines_own_addresses_of_ipv6_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/self/net/if_inet6": JUST_MADE + OF_ALL_KINDS, "/proc/self/net/fib_trie": ON_A_BRIDGE}
+    files |= {"/proc/sys/net/ipv4/ip_forward": "0\n", "/proc/sys/net/ipv6/conf/all/forwarding": "1\n"}
+    monkeypatch.setattr(endpoints, "_read", files.__getitem__)
+    facts = endpoints.node_facts()
+    assert facts.forwarding == {Family.IPV6}
+    assert {str(each) for each in facts.addresses if each.version == 6} == {
+        *("::1", "fd00:17::a", "fd00:17::5", "2001:db8:a::7", "fd00:17::9")
+    }
+    assert {str(each) for each in facts.addresses if each.version == 4} == {"127.0.0.1", "172.17.0.2"}
+
+
+def test_a_node_without_ipv6_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: str) -> str:
+        if "6" in path:
+            raise Gone(f"{path} is gone") from FileNotFoundError()
+        return {"/proc/sys/net/ipv4/ip_forward": "1\n", "/proc/self/net/fib_trie": ON_A_BRIDGE}[path]
+
+    monkeypatch.setattr(endpoints, "_read", read)
+    facts = endpoints.node_facts()
+    assert facts.forwarding == {Family.IPV4}
+    assert {each.version for each in facts.addresses} == {4}
+
+
 def test_a_process_that_ended_is_gone() -> None:
     with pytest.raises(Gone):
         endpoints.started(2**22 + 1)
@@ -230,6 +357,17 @@ def test_a_process_that_ended_is_gone() -> None:
 
 def test_a_process_began_once() -> None:
     assert endpoints.started(os.getpid()) == endpoints.started(os.getpid()) > 0
+
+
+def test_a_process_may_call_itself_what_it_likes() -> None:
+    began = endpoints.started(os.getpid())
+    comm = Path("/proc/self/comm")
+    before = comm.read_bytes()
+    try:
+        comm.write_bytes(b"\xff) S 1 (\n\x80")
+        assert endpoints.started(os.getpid()) == began
+    finally:
+        comm.write_bytes(before)
 
 
 def test_whether_the_node_forwards_is_read_from_the_kernel() -> None:

@@ -32,13 +32,13 @@ from ctrport.firewall.plan import (
 from ctrport.firewall.tables import Tables
 from ctrport.firewall.text import listing, restore_input, tag
 from ctrport.model import Family, Publication
+from ctrport.owners import LocalnetRecord
 from ctrport.rules import (
     ACCEPT,
     USER_CHAIN,
     Difference,
     Dnat,
     Layout,
-    LocalnetRecord,
     Match,
     Place,
     Rule,

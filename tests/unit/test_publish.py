@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv6Address, ip_network
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrport.model import (
+    Access,
     Candidate,
     Container,
     ContainerKey,
@@ -21,6 +22,8 @@ from ctrport.model import (
     NodeFacts,
     Obstacle,
     Pod,
+    PortRange,
+    Protocol,
     Publication,
     Selector,
     State,
@@ -161,7 +164,7 @@ def test_a_port_goes_to_who_started_first_of_those_that_could_be_served(
             # A conflict needs somebody earlier who has the port; everything else keeps nobody out.
             assert publication.attachments == ()
             assert publication.reason
-            assert taken or publication.state is not State.CONFLICT
+            assert taken or mapping.dynamic or publication.state is not State.CONFLICT
     assert all(publication.container is None for publication in published.values())
     unmatched = {d.source for d in declarations if not any(d.selector.matches(c.container) for c in running.values())}
     assert {publication.source for publication in published.values()} == unmatched
@@ -302,9 +305,21 @@ def test_a_declaration_that_matches_nothing_says_so_until_something_comes() -> N
 
 
 REASONS: dict[str, tuple[str, Endpoint | Obstacle, NodeFacts, bool, State, str]] = {
-    "a free port": (
+    "no port to choose": (
         *("80", worlds.endpoint("172.17.0.2"), FACTS, True),
-        *(State.UNSUPPORTED, "a free host port cannot be chosen yet: name the host port"),
+        *(State.CONFLICT, "there is no free host port in net.ipv4.ip_local_port_range"),
+    ),
+    "no ports in a row": (
+        *("80-81", worlds.endpoint("172.17.0.2"), replace(FACTS, free_ports=(PortRange(7, 7), PortRange(9, 9))), True),
+        *(State.CONFLICT, "there are no 2 free host ports in a row in 7, 9"),
+    ),
+    "::1": (
+        *("[::1]:8080:80", worlds.endpoint("fd00::2"), replace(FACTS, addresses=frozenset({IPv6Address("::1")})), True),
+        *(State.UNSUPPORTED, "the kernel sends nothing on that was sent to ::1: publish on 127.0.0.1"),
+    ),
+    "a protocol that is not tracked": (
+        *("80:80/sctp", worlds.endpoint("172.17.0.2"), replace(FACTS, protocols=frozenset({Protocol.TCP})), True),
+        *(State.UNSUPPORTED, "this kernel does not track sctp connections"),
     ),
     "what the container lacks": (
         *("8080:80", worlds.NO_ADDRESS, FACTS, True),
@@ -365,7 +380,7 @@ def test_of_two_families_the_one_that_is_forwarded_is_served() -> None:
 
 
 def test_a_family_that_is_not_served_counts_for_nothing() -> None:
-    publications = Publications([declaration("web", "8080:80")], FACTS)
+    publications = Publications([declaration("web", "8080:80")], FACTS, families=[Family.IPV4])
     publications.update(key("web"), candidate("web", "172.17.0.2", "fd00::2"))
     [change] = [c for c in publications.settle() if c.after and c.after.container]
     assert change.after is not None
@@ -496,3 +511,83 @@ def test_a_pod_goes_by_its_name_and_a_name_that_is_none_is_quoted() -> None:
     assert second.pod is not None
     assert second.pod.isprintable()
     assert len(second.pod) <= 80
+
+
+# Who may reach a mapping
+
+
+def limited(*sources: str, mapping: str = "8080:80", line: int = 1, interface: str | None = None) -> Declaration:
+    access = Access(tuple(map(ip_network, sources)), interface)
+    return replace(declaration("web", mapping, line=line), access=access)
+
+
+@pytest.mark.parametrize(
+    ("sources", "served"),
+    [
+        ([], ["172.17.0.2", "fd00::2"]),
+        (["192.0.2.0/24"], ["172.17.0.2"]),
+        (["2001:db8::/32"], ["fd00::2"]),
+        (["192.0.2.0/24", "2001:db8::/32"], ["172.17.0.2", "fd00::2"]),
+    ],
+)
+def test_a_family_without_a_source_is_not_served(sources: list[str], served: list[str]) -> None:
+    [publication] = fresh([limited(*sources)], [candidate("web", "172.17.0.2", "fd00::2")], FACTS)
+    assert [str(attachment.address) for attachment in publication.attachments] == served
+
+
+def test_sources_of_another_family_only_are_said() -> None:
+    wanted = limited("2001:db8::/32", mapping="0.0.0.0:8080:80")
+    [publication] = fresh([wanted], [candidate("web", "172.17.0.2")], FACTS)
+    assert (publication.state, publication.reason) == (
+        State.UNSUPPORTED,
+        "none of its sources is a network of IPv4",
+    )
+
+
+def test_of_two_entries_with_different_access_the_first_has_the_port() -> None:
+    wanted = [limited("192.0.2.0/24"), limited("198.51.100.0/24", line=2), limited("192.0.2.0/24", line=3)]
+    first, second = fresh(wanted, [candidate("web")], FACTS)
+    assert (first.state, first.source, first.access) == (State.ACTIVE, "config.yaml:1", wanted[0].access)
+    assert (second.state, second.source) == (State.CONFLICT, "config.yaml:2")
+    assert second.reason == "host port 8080/tcp is held by default/web (8080:80/tcp)"
+
+
+# Sockets that hold host ports
+
+
+def socket(name: str, mapping: str) -> Holder:
+    return Holder(name, parse(mapping))
+
+
+def test_a_socket_that_holds_a_port_is_named_until_it_is_gone() -> None:
+    wanted = [declaration("web", "8080:80"), declaration("db", "8081:80", line=2)]
+    publications = fresh(wanted, [candidate("web"), candidate("db")], FACTS)
+    publications.meet([socket("nginx (pid 7)", "0.0.0.0:8080:8080")])
+    [change] = publications.decide()
+    assert change.after is not None
+    assert (change.after.state, change.after.reason) == (
+        State.CONFLICT,
+        "host port 8080/tcp is held by nginx (pid 7)",
+    )
+    assert publications.met == [socket("nginx (pid 7)", "0.0.0.0:8080:8080")]
+    publications.meet([])
+    assert publications.decide() == ()  # nothing of it was taken yet
+    assert publications.settle() == ()
+
+
+def test_a_socket_keeps_out_whom_it_holds_the_port_against() -> None:
+    wanted = [declaration("web", "8080:80"), declaration("db", f"{NODE4}:8081:80", "8082:80/udp", line=2)]
+    publications = fresh(wanted, [candidate("web", "172.17.0.2"), candidate("db", started=2)], FACTS)
+    elsewhere = ["[::]:8080:8080", "127.0.0.1:8081:8081", "0.0.0.0:8082:8082/tcp"]
+    publications.meet([socket("another", mapping) for mapping in elsewhere])
+    assert publications.settle() == ()
+
+
+def test_who_waits_for_a_port_does_not_get_it_from_a_socket() -> None:
+    wanted = [declaration("web", "8080:80"), declaration("db", "8080:81", line=2)]
+    publications = fresh(wanted, [candidate("web"), candidate("db", started=2)], FACTS)
+    publications.meet([socket("nginx (pid 7)", "0.0.0.0:8080:8080")])
+    publications.update(key("web"), None)
+    publications.settle()
+    [db, _] = publications
+    assert db.reason == "host port 8080/tcp is held by nginx (pid 7)"

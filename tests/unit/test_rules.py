@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from ipaddress import IPv4Address, IPv6Address
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,19 @@ from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Plan
 from ctrport.firewall.tables import Tables
 from ctrport.firewall.text import arguments, restore_input
-from ctrport.model import Family, Publication, State
+from ctrport.model import Access, Family, Publication, State
+from ctrport.owners import LocalnetRecord, Owner, owner_of
 from ctrport.rules import (
     ACCEPT,
     Dnat,
     Jump,
     Layout,
-    LocalnetRecord,
     Match,
     Place,
     Rule,
     Ruleset,
     Table,
     needs_localnet,
-    owner_of,
     rules_at,
     rules_for,
     skeleton,
@@ -38,6 +38,16 @@ from tests.unit import worlds
 from tests.unit.worlds import active
 
 GOLDEN = Path(__file__).with_name("golden")
+
+
+def access(*sources: str, interface: str | None = None) -> Access:
+    return Access(tuple(map(ip_network, sources)), interface)
+
+
+#: Networks of both families, and one of each that covers it all.
+BOTH = access("192.0.2.0/24", "198.51.100.7/32", "2001:db8:7::/48")
+ALL4 = access("0.0.0.0/0", "192.0.2.0/24")
+DUAL = ("172.17.0.2", "fd00::2")
 
 Case = tuple[Layout, Family, tuple[Publication, ...]]
 CASES: dict[str, Case] = {
@@ -58,6 +68,44 @@ CASES: dict[str, Case] = {
     "position-first": (Layout(position=Place.FIRST), Family.IPV4, (active("8080:80"),)),
     "position-last": (Layout(position=Place.LAST), Family.IPV4, (active("8080:80"),)),
     "chain-CTRPORT": (Layout(chain="CTRPORT"), Family.IPV4, (active("8080:80"),)),
+    "sources-ipv4": (
+        Layout(),
+        Family.IPV4,
+        (active("8080:80", *DUAL, access=BOTH), active("192.0.2.1:8081:81", *DUAL, access=ALL4)),
+    ),
+    "sources-ipv6": (
+        Layout(),
+        Family.IPV6,
+        (active("8080:80", *DUAL, access=BOTH), active("8081:81", *DUAL, access=access("::/0"))),
+    ),
+    "sources-of-ranges": (
+        Layout(),
+        Family.IPV4,
+        (
+            active("9000-9002:9000-9002", access=BOTH),
+            active("8000-8001:9000-9001/udp", access=access("192.0.2.0/24", "127.0.0.0/8")),
+        ),
+    ),
+    "interface": (
+        Layout(),
+        Family.IPV4,
+        (
+            active("8080:80", access=access(interface="eth1")),
+            active("8081:81", access=access("192.0.2.0/24", interface="eth1")),
+        ),
+    ),
+    "masquerade-all-ipv4": (
+        Layout(masquerade_all=True),
+        Family.IPV4,
+        (active("8080:80", *DUAL), active("192.0.2.1:9000-9001:9000-9001/udp", *DUAL)),
+    ),
+    "masquerade-all-ipv6": (Layout(masquerade_all=True), Family.IPV6, (active("8080:80", *DUAL),)),
+    "sctp": (Layout(), Family.IPV4, (active("8080:80/sctp"),)),
+    "chosen-ports": (
+        Layout(),
+        Family.IPV4,
+        (active("80", on="32768"), active("8000-8010:81/udp", on="8003")),
+    ),
     "shared-bridge-and-routed-veth": (
         Layout(),
         Family.IPV4,
@@ -183,6 +231,99 @@ def test_each_host_port_leads_to_its_own_container_port(publications: list[Publi
             mapping = publication.mapping
             assert mapping.host_ports is not None
             assert leads == dict(zip(mapping.host_ports, mapping.container_ports, strict=True))
+
+
+def sent(publication: Publication, layout: Layout | None = None) -> list[Rule]:
+    return [rule for rule in of(publication, layout) if isinstance(rule.target, Dnat)]
+
+
+accesses = st.builds(
+    Access,
+    st.lists(
+        st.sampled_from(["192.0.2.0/24", "192.0.2.7/32", "127.0.0.0/8", "0.0.0.0/0", "2001:db8::/32", "::/0"]),
+        max_size=3,
+    ).map(lambda texts: tuple(map(ip_network, texts))),
+    st.sampled_from([None, None, "eth1"]),
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(worlds.publication_lists(max_size=1), accesses)
+def test_access_narrows_who_is_sent_on_and_nothing_else(publications: list[Publication], its: Access) -> None:
+    for publication in publications:
+        families = [Family.of(a.address) for a in publication.attachments]
+        if any(its.sources_of(family) is None for family in families):
+            continue  # of which it would have no attachment
+        limited, open_ = replace(publication, access=its), publication
+        # Without a source and a device each rule is one of those without access: a rule for each source.
+        for rule in sent(limited):
+            assert rule.match.in_device == its.interface
+            sources = its.sources_of(rule.family)
+            assert rule.match.source in (sources or (None,))
+            assert rule.match.source is None or Family.of(rule.match.source) is rule.family
+            whole = replace(rule.match, source=None, in_device=None, not_source=None)
+            assert whole in [replace(other.match, not_source=None) for other in sent(open_)]
+        for family in families:
+            number = len(its.sources_of(family) or (None,))
+            theirs = [[rule for rule in sent(p) if rule.family is family] for p in (limited, open_)]
+            assert len(theirs[0]) == number * len(theirs[1])
+        # Who is not sent on meets no other rule; and the answers of who is, go by rules that all share.
+        others = [
+            [r for r in of(p) if r.table is not Table.RAW and "route_localnet" not in r.owner] for p in (limited, open_)
+        ]
+        assert [r for r in others[0] if r not in sent(limited)] == [r for r in others[1] if r not in sent(open_)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "family", "expected"),
+    [
+        ((), Family.IPV4, ["-p"]),
+        ((), Family.IPV6, ["! -s fe80::/10 -p"]),
+        (("0.0.0.0/0",), Family.IPV4, ["-p"]),
+        (("::/0", "2001:db8::/32"), Family.IPV6, ["! -s fe80::/10 -p"]),
+        (("2001:db8::/32",), Family.IPV6, ["-s 2001:db8::/32 -p"]),
+        (("192.0.2.0/24", "::/0", "192.0.2.0/25"), Family.IPV4, ["-s 192.0.2.0/24 -p", "-s 192.0.2.0/25 -p"]),
+    ],
+)
+def test_a_source_is_a_rule_of_its_family(sources: tuple[str, ...], family: Family, expected: list[str]) -> None:
+    rules = sent(active("8080:80", *DUAL, access=access(*sources)))
+    its = [arguments(rule) for rule in rules if rule.family is family]
+    assert [text[: text.index("-p ") + 2] for text in its] == expected
+
+
+@pytest.mark.parametrize(
+    ("its", "expected"),
+    [
+        (access(), "docker0"),
+        (access("127.0.0.0/8"), "docker0"),
+        (access("127.0.0.1/32", "192.0.2.0/24"), "docker0"),
+        (access("0.0.0.0/0"), "docker0"),
+        (access("96.0.0.0/3"), "docker0"),
+        (access("192.0.2.0/24"), None),
+        (access("2001:db8::/32"), None),
+        (access(interface="lo"), None),
+        (access("127.0.0.0/8", interface="eth0"), None),
+    ],
+)
+def test_route_localnet_is_needed_where_the_node_itself_is_let_in(its: Access, expected: str | None) -> None:
+    assert needs_localnet(active("8080:80", access=its), Layout()) == expected
+    assert needs_localnet(active("127.0.0.1:8080:80", access=its), Layout()) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(worlds.publication_lists(max_size=1), st.booleans())
+def test_masquerade_all_takes_the_source_off_the_hairpin_rule_alone(
+    publications: list[Publication], localhost: bool
+) -> None:
+    for publication in publications:
+        rules = of(publication, Layout(localhost=localhost))
+        everyone = of(publication, Layout(localhost=localhost, masquerade_all=True))
+        expected = [
+            replace(rule, match=replace(rule.match, source=None)) if rule.chain == "DOCKER-HAIRPIN" else rule
+            for rule in rules
+        ]
+        assert list(everyone) == expected
+        assert all(rule.match.source is not None for rule in rules if rule.chain == "DOCKER-HAIRPIN")
 
 
 def test_host_addresses_are_asked_before_wildcards() -> None:
@@ -341,3 +482,22 @@ def test_a_container_that_moved_has_other_rules_of_the_same_owner() -> None:
     both = set(of(here)) & set(of(there))
     assert owner_of(here) == owner_of(there)
     assert owner_of(here) not in {rule.owner for rule in both}  # only what is the device's stays
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "chain", "default/web", "node 192.0.2.1", "device docker0 route_localnet=set", "localhost guard"),
+        *("default/we b 80:80/tcp", "web 80:80/tcp", "default/web 80/tcp", "default/web 80:80/tcp of many"),
+    ],
+)
+def test_what_is_no_owner_of_a_publication_is_not_taken_for_one(text: str) -> None:
+    assert Owner.parse(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["default/web 8080:80/tcp", "default/web 32768:80/tcp of any", "default/web [::]:8001:80/udp of 8000-8010"],
+)
+def test_an_owner_is_read_back_as_it_was_written(text: str) -> None:
+    assert str(Owner.parse(text)) == text

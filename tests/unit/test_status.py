@@ -54,6 +54,7 @@ def test_a_publication_is_shown_in_words() -> None:
         container="web",
         pod="",
         mapping="127.0.0.1:8080:80/tcp",
+        bound="127.0.0.1:8080:80/tcp",
         addresses=["172.17.0.2", "fd00::2"],
         state="active",
         reason="",

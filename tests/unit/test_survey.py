@@ -48,7 +48,7 @@ def looked(pid: int | None, hint: int | None) -> tuple[list[str], list[str]]:
     asked: list[str] = []
     containerd: Any = Answers(asked, pid)
     finder: Any = Finder(asked)
-    survey = Survey(CONFIG, containerd, finder, ())
+    survey = Survey(CONFIG, containerd, finder, {})
     asyncio.run(survey.look({WEB: hint}))
     endpoints = (candidate.endpoint for candidate in survey.publications.candidates)
     return asked, [str(a.address) for e in endpoints if isinstance(e, Endpoint) for a in e.attachments]

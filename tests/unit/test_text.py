@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -22,7 +23,8 @@ from ctrport.model import (
     Publication,
     State,
 )
-from ctrport.rules import ACCEPT, Dnat, Jump, Layout, Match, Rule, Table, owner_of, rules_for, skeleton
+from ctrport.owners import Owner, owner_of
+from ctrport.rules import ACCEPT, Dnat, Jump, Layout, Match, Rule, Table, rules_for, skeleton
 from tests.unit import strategies, worlds
 from tests.unit.worlds import active
 
@@ -80,7 +82,8 @@ def test_whatever_an_owner_is_called_it_ends_in_one_quoted_word_or_nowhere(name:
     assert owner(tag(rule(name))) == name
 
 
-def test_the_longest_owner_that_there_can_be_fits_into_a_comment() -> None:
+@pytest.mark.parametrize("chosen", ["named", "any", "pool"])
+def test_the_longest_owner_that_there_can_be_fits_into_a_comment(chosen: str) -> None:
     longest = "a" * IDENTIFIER_MAX
     where = ip_address("fd00::ffff")
     mapping = Mapping(
@@ -89,13 +92,21 @@ def test_the_longest_owner_that_there_can_be_fits_into_a_comment() -> None:
         PortRange(20000, 20001),
         Protocol.SCTP,
     )
+    one, many = PortRange(10000, 10000), PortRange(10000, 65535)
+    declared = {
+        "named": mapping,
+        "any": replace(mapping, host_ports=None),
+        "pool": replace(mapping, host_ports=many, container_ports=one),
+    }[chosen]
     publication = Publication(
-        mapping,
+        declared,
         "config.yaml:1",
         ContainerKey(longest, longest),
         State.ACTIVE,
         attachments=(Attachment(where, "x" * 15, ip_network("fd00::/64")),),
+        bound=replace(declared, host_ports=one) if chosen == "pool" else mapping,
     )
+    assert Owner.parse(owner_of(publication)) == Owner.of(publication)
     lengths = [len(tag(rule)) for rule in rules_for(publication, Layout())]
     assert max(lengths) == len("ctrport  0123456789ab") + len(owner_of(publication))
     assert max(lengths) <= COMMENT_MAX
@@ -104,7 +115,9 @@ def test_the_longest_owner_that_there_can_be_fits_into_a_comment() -> None:
 @settings(deadline=None)
 @given(strategies.container_keys, strategies.supported_mappings())
 def test_every_container_that_containerd_takes_can_own_rules(key: ContainerKey, mapping: Mapping) -> None:
-    publication = Publication(mapping, "config.yaml:1", key, State.ACTIVE, attachments=(worlds.attachment(),))
+    publication = Publication(
+        mapping, "config.yaml:1", key, State.ACTIVE, attachments=(worlds.attachment(),), bound=mapping
+    )
     for each in rules_for(publication, Layout()):
         [line] = listing([f"-A {each.chain} {arguments(each)}"])
         assert line.tag == tag(each)
@@ -319,14 +332,16 @@ OTHERS = r"""-N CHAIN
 """
 
 
-def test_who_else_answers_on_a_host_port_is_read_from_the_tables() -> None:
-    found = [(holder.name, str(holder.mapping)) for holder in holders("CHAIN", listing(OTHERS.splitlines()))]
+@pytest.mark.parametrize(("family", "any_address"), [(Family.IPV4, "0.0.0.0"), (Family.IPV6, "[::]")])
+def test_who_else_answers_on_a_host_port_is_read_from_the_tables(family: Family, any_address: str) -> None:
+    lines = listing(OTHERS.splitlines())
+    found = [(holder.name, str(holder.mapping)) for holder in holders("CHAIN", lines, family)]
     assert found == [
-        ("CHAIN (shop/web:http)", "30080:30080/tcp"),
+        ("CHAIN (shop/web:http)", f"{any_address}:30080:30080/tcp"),
         ("CHAIN (plain)", "198.51.100.1:5353:5353/udp"),
-        ("CHAIN", "8080:8080/tcp"),
-        ("CHAIN", "8443-8445:8443-8445/tcp"),
-        ("CHAIN", "9:9/sctp"),
+        ("CHAIN", f"{any_address}:8080:8080/tcp"),
+        ("CHAIN", f"{any_address}:8443-8445:8443-8445/tcp"),
+        ("CHAIN", f"{any_address}:9:9/sctp"),
     ]
 
 
@@ -343,4 +358,6 @@ def test_a_plan_reads_as_a_diff() -> None:
     assert first[:3] == ["*filter", "+ -N DOCKER", "+ -N DOCKER-FORWARD"]
     assert all(line.startswith(("*", "+ ")) for line in first)
     assert all(line.startswith(("*", "- ")) for line in removal)
+    empty = Plan((Block(Table.NAT, (New("DOCKER"),)),))
+    assert diff(empty, Family.IPV6) == ["*nat of IPv6", "+ -N DOCKER"]
     assert "- -X DOCKER" in removal

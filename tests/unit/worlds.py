@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from hypothesis import strategies as st
 
 from ctrport import ports
 from ctrport.model import (
+    Access,
     Address,
     Attachment,
     Candidate,
@@ -33,6 +35,7 @@ NODE: tuple[Address, ...] = (NODE4, NODE6)
 FACTS = NodeFacts(frozenset(Family), frozenset(NODE))
 NO_ADDRESS = Obstacle(State.WAITING, "it has only a loopback address")
 
+ANYONE = Access()
 NAMES = ("api", "db", "web")
 ADDRESSES = ("172.17.0.2", "172.17.0.3", "10.244.1.7", "fd00::2", "fd00::3")
 
@@ -62,10 +65,24 @@ def declaration(container: str, *mappings: str, line: int = 1) -> Declaration:
     return Declaration(Selector(container=container), tuple(map(ports.parse, mappings)), f"config.yaml:{line}")
 
 
-def active(mapping: str, *addresses: str, name: str = "web", device: str = "docker0") -> Publication:
-    """A publication that is active at those addresses."""
+def active(
+    mapping: str,
+    *addresses: str,
+    name: str = "web",
+    device: str = "docker0",
+    on: str | None = None,
+    access: Access = ANYONE,
+) -> Publication:
+    """A publication that is active at those addresses, ``on`` host ports that were chosen where it names none."""
     attachments = endpoint(*addresses or ("172.17.0.2",), device=device).attachments
-    return Publication(ports.parse(mapping), "config.yaml:1", key(name), State.ACTIVE, attachments=attachments)
+    its = ports.parse(mapping)
+    bound = its if on is None else replace(its, host_ports=ports.parse(on).container_ports)
+    return Publication(
+        *(its, "config.yaml:1", key(name), State.ACTIVE, ""),
+        attachments=attachments,
+        bound=bound,
+        access=access,
+    )
 
 
 @st.composite
@@ -152,5 +169,7 @@ def publication_lists(draw: st.DrawFn, *, max_size: int = 6) -> list[Publication
     for name, mapping in wanted:
         served = tuple(a for a in where[name].attachments if Family.of(a.address) in mapping.families)
         if served:
-            made.append(Publication(mapping, "config.yaml:1", key(name), State.ACTIVE, attachments=served))
+            made.append(
+                Publication(mapping, "config.yaml:1", key(name), State.ACTIVE, attachments=served, bound=mapping)
+            )
     return made

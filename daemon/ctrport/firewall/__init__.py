@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from ..model import Holder
-from ..rules import Difference, LocalnetRecord, Rule
+from ..owners import LocalnetRecord, Owner
+from ..rules import Difference, Rule
 from .plan import Plan
 
 
@@ -43,6 +44,11 @@ class Firewall(Protocol):
     @property
     def localnet_records(self) -> tuple[LocalnetRecord, ...]:
         """What our rules in the kernel say about who switched route_localnet on, as of the last ``read``."""
+        ...
+
+    @property
+    def chosen(self) -> tuple[Owner, ...]:
+        """The owners of rules in the kernel whose host ports were chosen, as of the last ``read``."""
         ...
 
     def plan(self, wanted: Iterable[Rule]) -> Plan:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..model import Family, Holder
-from ..rules import USER_CHAIN, Difference, Layout, LocalnetRecord, Rule, Table
+from ..owners import LocalnetRecord, Owner
+from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import FirewallError, ForeignChain
 from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
 from .text import holders, listing, owner, saved, tag
@@ -57,6 +58,7 @@ class Tables:
         self._held: dict[ChainKey, list[Line] | None] | None = None
         self._ranks: Ranks | None = None
         self._records: tuple[LocalnetRecord, ...] = ()
+        self._chosen: tuple[Owner, ...] = ()
 
     async def read(self) -> None:
         """See ``Firewall.read``. Lists a chain at a time: the cost does not depend on what others have."""
@@ -65,12 +67,18 @@ class Tables:
         held = {key: None if lines is None else listing(lines) for key, lines in zip(keys, answers, strict=True)}
         self._refuse_foreign(held)
         self._records = _localnet_records([*held.values(), *await self._former(held)])
+        self._chosen = _chosen(held[Table.NAT, self._layout.chain] or ())
         self._held, self._ranks = held, None
 
     @property
     def localnet_records(self) -> tuple[LocalnetRecord, ...]:
         """See ``Firewall.localnet_records``."""
         return self._records
+
+    @property
+    def chosen(self) -> tuple[Owner, ...]:
+        """See ``Firewall.chosen``."""
+        return self._chosen
 
     def plan(self, wanted: Iterable[Rule]) -> Plan:
         """See ``Firewall.plan``."""
@@ -98,7 +106,7 @@ class Tables:
         return [
             holder
             for chain, lines in zip(chains, answers, strict=True)
-            for holder in holders(chain, listing(lines or ()))
+            for holder in holders(chain, listing(lines or ()), self._kernel.family)
         ]
 
     async def prepare(self) -> None:
@@ -154,3 +162,8 @@ def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetReco
     tags = (line.tag for lines in chains for line in lines or () if line.tag is not None)
     records = (LocalnetRecord.parse(owner(its)) for its in tags)
     return tuple(record for record in records if record is not None)
+
+
+def _chosen(lines: Iterable[Line]) -> tuple[Owner, ...]:
+    owners = (Owner.parse(owner(line.tag)) for line in lines if line.tag is not None and " of " in line.tag)
+    return tuple(dict.fromkeys(found for found in owners if found is not None and found.mapping.dynamic))

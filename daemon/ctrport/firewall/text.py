@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from ..model import Holder, Mapping, PortRange, Protocol
+from ..model import Address, Family, Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
 from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
-#: What a comment of ours looks like. xt_comment takes 255 bytes; the longest of ours has about 240.
+#: What a comment of ours looks like. xt_comment takes 255 bytes; the longest of ours come near that.
 TAG = re.compile(r"ctrport (?P<owner>[A-Za-z0-9._/:=@\[\] -]+) (?P<digest>[0-9a-f]{12})")
 # In quotes always, as it has a space; without them it could be part of somebody else's comment.
 _COMMENT = re.compile(r'--comment "(' + TAG.pattern + r')"(?= |$)')
@@ -77,7 +77,10 @@ _DESTINATION = re.compile(r"(?<!! )-d ([0-9a-f.:]+)(?:/32|/128)? ")
 _NAME = re.compile(r'--comment (?:"([A-Za-z0-9._/: -]{1,120})"|([A-Za-z0-9._/:-]{1,120}))(?= |$)')
 
 
-def holders(chain: str, lines: Iterable[Line]) -> Iterator[Holder]:
+_ANY: dict[Family, Address] = {Family.IPV4: IPv4Address(0), Family.IPV6: IPv6Address(0)}
+
+
+def holders(chain: str, lines: Iterable[Line], family: Family) -> Iterator[Holder]:
     """Read out of a foreign chain which host ports it answers on, and for whom where a plain comment says so."""
     for line in lines:
         found = _PORTS.search(line.text)
@@ -88,14 +91,14 @@ def holders(chain: str, lines: Iterable[Line]) -> Iterator[Holder]:
         for ports in found[2].split(","):
             first, _, last = ports.partition(":")
             each = PortRange(int(first), int(last or first))
-            yield Holder(name, Mapping(ip_address(to[1]) if to else None, each, each, Protocol(found[1])))
+            yield Holder(name, Mapping(ip_address(to[1]) if to else _ANY[family], each, each, Protocol(found[1])))
 
 
-def diff(plan: Plan) -> list[str]:
+def diff(plan: Plan, family: Family = Family.IPV4) -> list[str]:
     """Return a plan for people: a line a change, ``+`` what comes and ``-`` what goes, below the table's name."""
     lines: list[str] = []
     for block in plan.blocks:
-        lines.append(f"*{block.table}")
+        lines.append(f"*{block.table}" if family is Family.IPV4 else f"*{block.table} of IPv6")
         lines += [f"{'+' if isinstance(op, (New, Add)) else '-'} {_operation(op)}" for op in block.ops]
     return lines
 

@@ -1,0 +1,399 @@
+"""Sockets that hold a host port.
+
+DNAT publishes a port without a socket, so that any process could take it as well. Each host port is therefore bound by
+a socket that answers nobody. It meets only what the rules do not take:
+
+- TCP: bound, and not listening: a client is refused at once. Such a socket is in no /proc/net/tcp; ``ss`` shows it from
+  iproute2 6.8 and Linux 6.8 on, with ``--bound-inactive``.
+- UDP: bound, with a filter that drops everything: a datagram vanishes, without ICMP, and nothing is queued.
+- SCTP: bound, where the kernel has it.
+
+IPv6 sockets are for IPv6 alone. No socket keeps SO_REUSEADDR or SO_REUSEPORT, so nobody else can bind the port.
+
+TCP remembers ended connections for a minute (TIME_WAIT), and a bind without SO_REUSEADDR fails for as long. That is no
+reason not to publish, so where nothing but connections is seen on the port, the bind is done with SO_REUSEADDR, which
+is switched off again at once. As tried on Linux 6.18: from then on a bind with SO_REUSEADDR by another process fails.
+With a real listener ours fails. A process caught between its bind and its listen, both sockets having SO_REUSEADDR,
+fails to listen. It does not help where the connections' own socket was without SO_REUSEADDR, such as a client's: then
+the port is not reserved until they are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import resource
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from .listeners import UNKNOWN, Bound, Entry, entries, holder
+from .model import Address, PortRange, Protocol
+
+#: Files that the daemon may have open beside its reservations.
+OTHER_FILES = 256
+
+_KINDS = {
+    Protocol.TCP: (socket.SOCK_STREAM, socket.IPPROTO_TCP),
+    Protocol.UDP: (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
+    Protocol.SCTP: (socket.SOCK_STREAM, 132),  # IPPROTO_SCTP, which not every Python has
+}
+
+# One instruction of classic BPF, "return 0": take no byte of the packet (linux/filter.h). The struct that points to it
+# is read by the kernel during the call only.
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+_RETURN_0 = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0), 8)
+_DROP_ALL = struct.pack("HP", 1, ctypes.addressof(_RETURN_0))
+
+_NO_FILES_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_NOT_SUPPORTED = (errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EAFNOSUPPORT)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Host ports to have: on each of ``addresses``, 0.0.0.0 and :: standing for every address of their family."""
+
+    protocol: Protocol
+    ports: PortRange
+    addresses: tuple[Address, ...]
+
+
+class Held(Exception):
+    """Another process has a host port. ``holder`` says which, in words safe to print.
+
+    ``address`` is the one that was wanted. ``at`` is where the process has the port: the same, or where every address
+    was wanted perhaps a single one.
+    """
+
+    def __init__(self, protocol: Protocol, address: Address, port: int, holder: str, at: Address | None = None) -> None:
+        super().__init__(f"host port {port}/{protocol} is held by {holder}")
+        self.protocol, self.address, self.port, self.holder = protocol, address, port, holder
+        self.at = at or address
+
+
+class NotOnNode(Exception):
+    """``address`` is none of this node, or not usable yet: IPv6 looks for duplicates of a new address first."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(f"{address} is not an address of this node")
+        self.address = address
+
+
+class _NotReserved(Exception):
+    """A port that can be published and not reserved; the message says why."""
+
+
+class _NoFilesLeft(Exception):
+    """The process, or the machine, has as many files open as it may."""
+
+
+_Port = tuple[Protocol, int]
+
+
+class _Cell(NamedTuple):
+    """What one socket holds. There are thousands, and an address as text is quicker to look up and to bind."""
+
+    protocol: Protocol
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a key has: its claim, those of its cells that a socket of ours holds, and why not all."""
+
+    claim: Claim
+    cells: frozenset[_Cell]
+    remark: str
+
+
+def _no_container(cgroup: str) -> None:
+    return None
+
+
+class Reservations:
+    """The host ports that this daemon holds, each under the keys of those who want it.
+
+    Who may have a port is decided elsewhere: keys may share one, or overlap, so that a port goes from one to the next
+    without a gap. ``limit`` is how many ports are held at most, each by a socket an address; what is beyond is looked
+    at but not held. With limit 0 ``take`` does nothing at all.
+
+    ``name_container`` gets the text of /proc/PID/cgroup, and says which container that is, or None.
+    """
+
+    def __init__(self, limit: int, name_container: Callable[[str], str | None] = _no_container) -> None:
+        self.limit = limit
+        self._name_container = name_container
+        self._taken: dict[Hashable, _Taken] = {}
+        self._users: Counter[_Cell] = Counter()
+        self._sockets: dict[_Port, dict[str, socket.socket]] = {}
+
+    def __len__(self) -> int:
+        """Return how many sockets are held."""
+        return sum(map(len, self._sockets.values()))
+
+    def is_full(self) -> bool:
+        """Whether no more ports can be held."""
+        return len(self._sockets) >= self.limit
+
+    def take(self, key: Hashable, claim: Claim) -> str:
+        """Hold the ports of ``claim`` for ``key``, in place of what it had; what is in both is kept throughout.
+
+        Return an empty text, or one sentence on why not every port is reserved though nobody has it. Then it is worth
+        calling again; otherwise a second call does nothing.
+
+        Raises ``Held`` or ``NotOnNode``, and then nothing has changed.
+        """
+        before = self._taken.get(key)
+        if not self.limit or (before is not None and before.claim == claim and not before.remark):
+            return ""
+        old = before.cells if before is not None else frozenset[_Cell]()
+        wanted = list(_cells(claim))
+        fresh = [cell for cell in wanted if self._socket(cell) is None]
+        bound, remark = self._bind_all(
+            claim, fresh, keep=self._ports_after(old.difference(wanted), fresh) <= self.limit
+        )
+        for cell, bound_socket in bound.items():
+            self._sockets.setdefault((cell.protocol, cell.port), {})[cell.address] = bound_socket
+        cells = frozenset(cell for cell in wanted if self._socket(cell) is not None)
+        self._users.update(cells)
+        self._drop(old)
+        self._taken[key] = _Taken(claim, cells, remark)
+        return remark
+
+    def release(self, key: Hashable) -> None:
+        """Let go of what ``key`` has, if anything, but for what other keys have too."""
+        taken = self._taken.pop(key, None)
+        if taken is not None:
+            self._drop(taken.cells)
+
+    def free(self, claim: Claim) -> bool:
+        """Whether every port of ``claim`` is still to be had: neither held here nor in use by anybody.
+
+        For choosing a port. Looks also where the limit is 0: a port chosen blindly could be one that the node needs.
+        """
+        for cell in _cells(claim):
+            try:
+                _bind(cell, reuse=False).close()  # which fails at a socket of ours as well
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                    return False
+        return True
+
+    def in_use(self, claim: Claim) -> list[tuple[Address, int]]:
+        """Return where ``claim`` meets a socket of another, whatever it is for; what is held here does not count.
+
+        For a port that is to be chosen, which is not worth finding out who has another.
+        """
+        found = []
+        for cell in _cells(claim):
+            if (cell.protocol, cell.port) in self._sockets:
+                continue  # ours, for another key: taking it tells
+            try:
+                _bind(cell, reuse=False).close()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    found.append((ip_address(cell.address), cell.port))
+        return found
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for key in list(self._taken):
+            self.release(key)
+
+    def _ports_after(self, gone: Iterable[_Cell], fresh: Iterable[_Cell]) -> int:
+        """Return how many ports there will be when a key has given up what is ``gone``, and has what is ``fresh``."""
+        freed: dict[_Port, set[str]] = {}
+        for cell in gone:
+            if self._users[cell] == 1:
+                freed.setdefault((cell.protocol, cell.port), set()).add(cell.address)
+        gone_ports = {port for port, addresses in freed.items() if self._sockets[port].keys() <= addresses}
+        fresh_ports = {(cell.protocol, cell.port) for cell in fresh}
+        # Counted, as sets of all that is held would cost as much with each port as there are ports.
+        new = sum(port not in self._sockets for port in fresh_ports)
+        return len(self._sockets) - len(gone_ports - fresh_ports) + new
+
+    def _socket(self, cell: _Cell) -> socket.socket | None:
+        return self._sockets.get((cell.protocol, cell.port), {}).get(cell.address)
+
+    def _drop(self, cells: Iterable[_Cell]) -> None:
+        for cell in cells:
+            self._users[cell] -= 1
+            if self._users[cell]:
+                continue
+            del self._users[cell]
+            of_port = self._sockets[cell.protocol, cell.port]
+            of_port.pop(cell.address).close()
+            if not of_port:
+                del self._sockets[cell.protocol, cell.port]
+
+    def _bind_all(self, claim: Claim, cells: list[_Cell], keep: bool) -> tuple[dict[_Cell, socket.socket], str]:
+        """Return the sockets, and why there is not one for each cell. Raises ``Held`` or ``NotOnNode``."""
+        others = _Others(claim)
+        if not keep:
+            return {}, self._check(cells, others, f"firewall.reserve_limit ({self.limit}) is reached")
+        with contextlib.ExitStack() as undo:
+            bound, remarks = dict[_Cell, socket.socket](), dict[str, None]()
+            try:
+                for cell in cells:
+                    try:
+                        bound[cell] = self._bind(cell, others)
+                    except _NotReserved as why:
+                        remarks[str(why)] = None
+                    else:
+                        undo.callback(bound[cell].close)
+            except _NoFilesLeft as why:
+                undo.close()  # or there is not even one to look with
+                return {}, self._check(cells, others, str(why))
+            undo.pop_all()
+        return bound, _sentence(remarks)
+
+    def _check(self, cells: list[_Cell], others: _Others, why: str) -> str:
+        """See that nobody has these ports, and hold none."""
+        for cell in cells:
+            try:
+                self._bind(cell, others).close()
+            except _NotReserved:
+                continue
+            except _NoFilesLeft:
+                return f"not reserved, and not looked at: {why}"
+        return f"not reserved, only looked at: {why}"
+
+    def _bind(self, cell: _Cell, others: _Others) -> socket.socket:
+        """Return a socket that holds ``cell``. Raises all of this module's errors."""
+        try:
+            try:
+                return _bind(cell, reuse=False)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            return self._bind_contested(cell, others)
+        except OSError as error:
+            raise _explained(error, cell) from error
+
+    def _bind_contested(self, cell: _Cell, others: _Others) -> socket.socket:
+        """Bind where a socket is in the way: perhaps one of ours, perhaps one that serves nobody."""
+        ours = list(self._sockets.get((cell.protocol, cell.port), {}).values())
+        own = {os.fstat(one.fileno()).st_ino for one in ours}
+        found = [entry for entry in others.at(cell) if entry.inode not in own]
+        serving = [entry for entry in found if entry.serving]
+        if serving:
+            at = _where(serving[0], cell)
+            who = holder([each.inode for each in serving if _where(each, cell) == at], self._name_container)
+            raise Held(cell.protocol, ip_address(cell.address), cell.port, who, at)
+        # Connections of UDP are left alone: with SO_REUSEADDR we would share their port, not wait for their end.
+        reuse = bool(ours) or (bool(found) and cell.protocol is not Protocol.UDP)
+        try:
+            for one in ours:
+                _set_reuse(one, True)
+            # Where nothing is to be seen, it may have ended in between: the second try tells.
+            return _bind(cell, reuse)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            if found:
+                inodes = {entry.inode for entry in found if entry.inode}
+                who = f"of {others.owner(inodes, self._name_container)}" if inodes else "that have ended"
+                raise _NotReserved(f"connections {who} are still on port {cell.port}") from error
+            raise _held(cell, UNKNOWN) from error
+        finally:
+            for one in ours:
+                _set_reuse(one, False)
+
+
+class _Others:
+    """The sockets on a claim's ports as they were when first asked for: reading them once a port is slow."""
+
+    def __init__(self, claim: Claim) -> None:
+        self._claim = claim
+        self._read: dict[int, list[Entry]] | None = None
+        self._asked = False
+
+    def at(self, cell: _Cell) -> list[Entry]:
+        """Return those that could be in the way of ``cell``."""
+        if self._read is None:
+            self._read = entries(self._claim.protocol, self._claim.ports)
+        wanted = Bound(ip_address(cell.address))
+        return [entry for entry in self._read.get(cell.port, ()) if entry.bound.overlaps(wanted)]
+
+    def owner(self, inodes: Collection[int], name_container: Callable[[str], str | None]) -> str:
+        """Return what to call the process that has these connections; only of the first ones, as that is slow too."""
+        asked, self._asked = self._asked, True
+        return UNKNOWN if asked else holder(inodes, name_container)
+
+
+def _cells(claim: Claim) -> Iterator[_Cell]:
+    for address in dict.fromkeys(map(str, claim.addresses)):
+        for port in claim.ports:
+            yield _Cell(claim.protocol, address, port)
+
+
+def _held(cell: _Cell, by: str) -> Held:
+    return Held(cell.protocol, ip_address(cell.address), cell.port, by)
+
+
+def _where(entry: Entry, cell: _Cell) -> Address:
+    """Return where a socket is in the way of ``cell``: at its own address alone, where it has one."""
+    at, wanted = entry.bound.unmapped, ip_address(cell.address)
+    return wanted if at.is_unspecified or at.version != wanted.version else at
+
+
+def _bind(cell: _Cell, reuse: bool) -> socket.socket:
+    """Return a socket that holds ``cell``, bound with SO_REUSEADDR or without, and without it from then on."""
+    family = socket.AF_INET6 if ":" in cell.address else socket.AF_INET
+    one = socket.socket(family, *_KINDS[cell.protocol])
+    try:
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if cell.protocol is Protocol.UDP:
+            one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)  # before the first datagram can come
+        if reuse:
+            _set_reuse(one, True)
+        one.bind((cell.address, cell.port))
+        if reuse:
+            _set_reuse(one, False)
+    except BaseException:
+        one.close()
+        raise
+    return one
+
+
+def _set_reuse(one: socket.socket, reuse: bool) -> None:
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+
+
+def _explained(error: OSError, cell: _Cell) -> Exception:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return NotOnNode(ip_address(cell.address))
+    if error.errno in _NO_FILES_LEFT:
+        return _NoFilesLeft(f"no more sockets can be opened ({error.strerror})")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return _NotReserved(f"the daemon may not bind port {cell.port} (CAP_NET_BIND_SERVICE)")
+    if error.errno in _NOT_SUPPORTED:
+        family = "" if cell.protocol is Protocol.SCTP else f" over IPv{ip_address(cell.address).version}"
+        return _NotReserved(f"this kernel has no {cell.protocol.value.upper()} sockets{family}")
+    return _NotReserved(f"binding {cell.address} port {cell.port}: {error.strerror}")
+
+
+def _sentence(remarks: Iterable[str]) -> str:
+    first, *more = [*remarks] or [""]
+    return first and f"not reserved: {first}" + (f", and {len(more)} more" if more else "")
+
+
+def allow_sockets(limit: int) -> int:
+    """Raise RLIMIT_NOFILE to what ``limit`` sockets need, as far as its hard limit goes; return how many then fit.
+
+    It is never lowered. The programs that the daemon starts inherit it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = limit + OTHER_FILES if hard == resource.RLIM_INFINITY else min(limit + OTHER_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft = most
+    return limit if soft == resource.RLIM_INFINITY else max(0, min(limit, soft - OTHER_FILES))

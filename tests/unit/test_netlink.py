@@ -1,0 +1,43 @@
+"""What is pure of netlink: which announcements tell of an address."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import pytest
+
+from ctrport.netlink import _tells_of_change
+
+NEW, DELETED = 20, 21
+UNIVERSE, LINK = 0, 253
+PERMANENT, TENTATIVE = 0x80, 0x40
+
+
+def announced(kind: int, family: int, *, scope: int = UNIVERSE, flags: int = PERMANENT) -> bytes:
+    body = struct.pack("=BBBBI", family, 64, flags, scope, 2) + struct.pack("=HHI", 8, 8, flags)
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+
+LINK_LOCAL = announced(NEW, socket.AF_INET6, scope=LINK)
+
+CHANGES = {
+    "an address of IPv4": (announced(NEW, socket.AF_INET), True),
+    "one of IPv4 that went": (announced(DELETED, socket.AF_INET), True),
+    "one of IPv4 for this link alone": (announced(NEW, socket.AF_INET, scope=LINK), True),
+    "an address of IPv6": (announced(NEW, socket.AF_INET6), True),
+    "one of IPv6 that went": (announced(DELETED, socket.AF_INET6), True),
+    "one that went before it was usable": (announced(DELETED, socket.AF_INET6, flags=TENTATIVE), True),
+    "one that is not usable yet": (announced(NEW, socket.AF_INET6, flags=TENTATIVE), False),
+    "that of a veth": (LINK_LOCAL, False),
+    "that of a veth that went": (announced(DELETED, socket.AF_INET6, scope=LINK), False),
+    "several, the last of which counts": (LINK_LOCAL + LINK_LOCAL + announced(NEW, socket.AF_INET6), True),
+    "nothing": (b"", False),
+    "rubbish": (bytes(40), False),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_only_addresses_that_a_mapping_can_have_are_news(case: str) -> None:
+    said, expected = CHANGES[case]
+    assert _tells_of_change(said) is expected
