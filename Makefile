@@ -12,8 +12,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py choose.py contest.py owners.py ports.py document.py config.py pace.py pods.py publish.py rules.py \
-	firewall/plan.py firewall/text.py
+CORE := model.py choose.py contest.py networks.py owners.py ports.py document.py config.py pace.py pods.py publish.py \
+	rules.py firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)

@@ -178,6 +178,9 @@ def _table(current: status.Status) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
+    for network in current.networks:
+        if network.reason:
+            click.echo(f"network {network.bridge}: {network.reason}", err=True)
 
 
 def _load(path: str) -> Config:

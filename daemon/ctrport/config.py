@@ -179,6 +179,11 @@ class Firewall(_Closed):
     on_stop: OnStop = "keep"
 
 
+@dataclass(frozen=True)
+class _Network(_Closed):
+    bridge: Annotated[str, AfterValidator(_interface)]
+
+
 _Labels = dict[Annotated[str, StringConstraints(min_length=1)], str]
 
 
@@ -222,6 +227,7 @@ class _Entry(_Closed):
 class _File(_Closed):
     containerd: Containerd = Containerd()
     firewall: Firewall = Firewall()
+    networks: tuple[_Network, ...] = ()
     publish: tuple[_Entry, ...] = ()
 
 
@@ -229,7 +235,7 @@ _SCHEMA = TypeAdapter(_File)
 
 #: What is expected at each place of the schema; also the one list of the keys there are.
 _EXPECTED = {
-    "": "a mapping with the keys containerd, firewall and publish, each of which may be left out",
+    "": "a mapping with the keys containerd, firewall, networks and publish, each of which may be left out",
     "containerd": "a mapping with address and namespaces, or the key left out",
     "containerd.address": "the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     "containerd.namespaces": "a list of containerd namespaces, such as [default, k8s.io], or [] for all",
@@ -244,6 +250,9 @@ _EXPECTED = {
     "firewall.masquerade": "hairpin or all",
     "firewall.reserve_limit": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
     "firewall.on_stop": "keep or remove",
+    "networks": "a list of bridges to run the Docker way, such as [{bridge: docker0}], or [] for none",
+    "networks[]": "a mapping with bridge",
+    "networks[].bridge": "the name of a bridge, such as docker0",
     "publish": "a list of entries, each with match and ports, or [] for none",
     "publish[]": "a mapping with match and ports, and perhaps sources and interface",
     "publish[].match": "a mapping with pod, namespace, container or labels, to say which containers are meant",
@@ -271,6 +280,7 @@ class Config:
     containerd: Containerd = Containerd()
     firewall: Firewall = Firewall()
     publish: tuple[Declaration, ...] = ()
+    networks: tuple[str, ...] = ()
 
     def watches(self, namespace: str) -> bool:
         """Whether the containers of this containerd namespace are looked at.
@@ -298,7 +308,7 @@ def parse(text: str, name: str, parts: Iterable[tuple[str, str]] = ()) -> Config
         declarations += _read(part, part_name, problems, part=True)[1]
     if problems:
         raise ConfigError(problems)
-    return Config(file.containerd, file.firewall, tuple(declarations))
+    return Config(file.containerd, file.firewall, tuple(declarations), tuple(each.bridge for each in file.networks))
 
 
 def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) -> tuple[_File, list[Declaration]]:
@@ -312,9 +322,16 @@ def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) 
             for fault in error.errors(include_url=False):
                 _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
     if part and isinstance(document.content, dict):
-        for key in sorted(document.content.keys() & {"containerd", "firewall"}):
+        for key in sorted(document.content.keys() & {"containerd", "firewall", "networks"}):
             position = document.position((key,), key=True)
             document.fault(position, f"`{key}` is set in the main file alone; expected nothing but publish here")
+    seen: dict[str, int] = {}
+    for index, network in enumerate(file.networks):
+        line, column = document.position(("networks", index, "bridge"))
+        if network.bridge in seen:
+            again = f"the bridge {network.bridge} is named on line {seen[network.bridge]} already; expected each once"
+            document.fault((line, column), again)
+        seen.setdefault(network.bridge, line)
     mappings = _publish(document)
     problems += (Problem(line, column, message, name) for line, column, message in document.faults)
     if document.faults:
@@ -421,7 +438,8 @@ def _unknown(place: str, shown: str, key: str) -> str:
     keys = [child for parent, _, child in children if parent == place]
     near = get_close_matches(key, keys, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{shown} has no key {quoted(key)}; expected {', '.join(keys[:-1])} or {keys[-1]}{hint}"
+    expected = " or ".join(filter(None, (", ".join(keys[:-1]), keys[-1])))
+    return f"{shown} has no key {quoted(key)}; expected {expected}{hint}"
 
 
 def _given(value: object) -> str:

@@ -8,7 +8,7 @@ for a packet in between would make them stale again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
@@ -20,7 +20,8 @@ from .firewall.plan import Plan
 from .firewall.text import owner
 from .hostports import Claim, Held, NotOnNode, Reservations
 from .listeners import UNKNOWN
-from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, PortRange, Publication
+from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, NodeFacts, PortRange, Publication
+from .networks import isolation, rules_beside, rules_of
 from .owners import LocalnetRecord, Owner, owner_of
 from .publish import Change
 from .rules import (
@@ -66,8 +67,9 @@ class Dataplane:
     ) -> None:
         self._firewalls = dict(firewalls)
         self._layout = layout
-        self._wanted = Ruleset(rule for family in firewalls for rule in skeleton(layout, family))
-        self._node: frozenset[Address] = frozenset()
+        standing = (rule for family in firewalls for rule in (*skeleton(layout, family), *isolation(layout, family)))
+        self._wanted = Ruleset(standing)
+        self._node = NodeFacts(frozenset(), frozenset())
         self._active: dict[str, Publication] = {}
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
         self._reservations = Reservations(0) if reservations is None else reservations
@@ -159,10 +161,10 @@ class Dataplane:
         """Return what is to be said of an active publication's host ports; empty where they are reserved."""
         return self._remarks.get(owner_of(publication), "") if publication.bound is not None else ""
 
-    async def follow(self, changes: Sequence[Change], node: Collection[Address], *, mend: bool = False) -> int:
+    async def follow(self, changes: Sequence[Change], node: NodeFacts, *, mend: bool = False) -> int:
         """Make the kernel hold what changed, in one transaction a family, and return how many rules that added.
 
-        ``node`` are the node's own addresses. With ``mend``, and after an error, what the kernel holds is read first,
+        ``node`` is what is known of the node. With ``mend``, and after an error, what the kernel holds is read first,
         and whatever it lacks is written.
         Raises ``FirewallError``.
         """
@@ -180,7 +182,7 @@ class Dataplane:
             self.in_line = True
         return len(difference.added)
 
-    async def preview(self, changes: Sequence[Change], node: Collection[Address]) -> Transition:
+    async def preview(self, changes: Sequence[Change], node: NodeFacts) -> Transition:
         """Return what a mending ``follow`` would do, and do nothing. Raises ``FirewallError``."""
         self._take_in(changes, node)
         return await self._transition()
@@ -246,7 +248,7 @@ class Dataplane:
         if not touched:
             return
         try:
-            await conntrack.drop_stale(touched, self._node)
+            await conntrack.drop_stale(touched, self._node.addresses)
         except ConntrackError as error:
             self._complain(str(error))
         else:
@@ -312,12 +314,10 @@ class Dataplane:
             log.warning("%s", complaint)
         self._complaint = complaint
 
-    def _take_in(self, changes: Sequence[Change], node: Collection[Address]) -> Difference:
+    def _take_in(self, changes: Sequence[Change], node: NodeFacts) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
-        addresses = frozenset(address for address in node if Family.of(address) in self._firewalls)
-        old = [rule for address in _sorted(self._node - addresses) for rule in rules_at(address, self._layout)]
-        new = [rule for address in _sorted(addresses - self._node) for rule in rules_at(address, self._layout)]
-        self._node = addresses
+        old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
+        self._node = node
         for before in (change.before for change in changes):
             if before is not None and before.attachments:
                 its = owner_of(before)
@@ -340,6 +340,18 @@ class Dataplane:
         for record in _records(difference.removed):
             del self._localnet_ours[record.device]
         return difference
+
+    def _of_node(self, node: NodeFacts, *, besides: NodeFacts) -> list[Rule]:
+        """Return the rules that the node itself asks for, but for those that ``besides`` asks for too."""
+        rules: list[Rule] = []
+        for address in _sorted(node.addresses - besides.addresses):
+            rules += rules_at(address, self._layout)
+        for service in _sorted(node.services - besides.services):
+            rules += rules_beside(service, self._layout)
+        for network in node.networks:
+            if network not in besides.networks:
+                rules += rules_of(network, self._layout, self._firewalls)
+        return [rule for rule in rules if rule.family in self._firewalls]
 
     def _rules(self, publication: Publication) -> tuple[Rule, ...]:
         device = needs_localnet(publication, self._layout)

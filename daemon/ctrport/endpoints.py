@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, NodeFacts, Obstacle, State
+from .model import DEVICE_NAME, Address, Attachment, Endpoint, Obstacle, State
 from .netlink import LOCAL, UNICAST, Link, Netlink
 
 
@@ -33,7 +33,7 @@ DUPLICATE = Obstacle(State.WAITING, "its only address is another's already: dupl
 
 def started(pid: int) -> int:
     """Return when a process began, in clock ticks since boot. Raises ``Gone``."""
-    stat = _read(f"/proc/{pid}/stat")
+    stat = read(f"/proc/{pid}/stat")
     # The command (field 2) is in parentheses and may hold anything, parentheses too: count from the last one.
     return int(stat.rpartition(")")[2].split()[19])
 
@@ -45,17 +45,6 @@ def netns(pid: int) -> tuple[int, int]:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise Gone(f"process {pid} ended") from error
     return status.st_dev, status.st_ino
-
-
-def node_facts() -> NodeFacts:
-    """Return what the node itself decides over publications: in which families it forwards, and its addresses."""
-    switches = {Family.IPV4: "/proc/sys/net/ipv4/ip_forward", Family.IPV6: "/proc/sys/net/ipv6/conf/all/forwarding"}
-    forwarding = frozenset(f for f, path in switches.items() if _read_if_any(path).strip() not in ("", "0"))
-    ipv4 = local_addresses(_read("/proc/self/net/fib_trie"))
-    # A tentative one is not in use yet; when it is, that is announced. One of a link alone (fe80::) means nothing
-    # without the link's name, which no mapping can say.
-    ipv6 = [one.address for one in addresses6(_read_if_any("/proc/self/net/if_inet6")) if not one.tentative]
-    return NodeFacts(forwarding, frozenset[Address](ipv4) | frozenset(ipv6))
 
 
 _LOCAL = re.compile(r"\|-- ([0-9.]+)\n(?:\s+/\d+ .*\n)*?\s+/32 host LOCAL\n")
@@ -178,14 +167,14 @@ class Endpoints:
             return HOST_NETWORK
         look = _Look(self._netlink, pid)
         found: list[Attachment | Obstacle] = []
-        addresses = local_addresses(_read(f"/proc/{pid}/net/fib_trie"))
-        chosen = choose(addresses, routes(_read(f"/proc/{pid}/net/route")))
+        addresses = local_addresses(read(f"/proc/{pid}/net/fib_trie"))
+        chosen = choose(addresses, routes(read(f"/proc/{pid}/net/route")))
         if chosen is not None:
             found.append(look.attachment(*chosen))
         # A tentative one is taken as it is: the first packets to it wait for its being found, and rules do no harm.
-        own = addresses6(_read_if_any(f"/proc/{pid}/net/if_inet6"))
+        own = addresses6(read_if_any(f"/proc/{pid}/net/if_inet6"))
         contested = len({one.device for one in own if not one.address.is_loopback}) > 1  # else it goes without saying
-        defaults = default_devices6(_read(f"/proc/{pid}/net/ipv6_route")) if contested else []
+        defaults = default_devices6(read(f"/proc/{pid}/net/ipv6_route")) if contested else []
         chosen6 = choose6(own, defaults, beside=chosen[1] if chosen is not None else None)
         if chosen6 is not None:
             found.append(look.attachment(*chosen6))
@@ -263,7 +252,7 @@ class _Look:
         except OSError as error:
             if inside is not None and error.errno == errno.ENODEV:
                 return elsewhere
-            _read(f"/proc/{self._pid}/stat")  # gone is gone, not an obstacle
+            read(f"/proc/{self._pid}/stat")  # gone is gone, not an obstacle
             return Obstacle(State.WAITING, f"the host's end of its {device} cannot be found: {error.strerror}")
         if outside.peer_nsid != nsid or outside.peer != inside.index:
             return elsewhere
@@ -275,7 +264,8 @@ class _Look:
         return self._links[index]
 
 
-def _read(path: str) -> str:
+def read(path: str) -> str:
+    """Read a file of /proc. Raises ``Gone`` where it, or the process that it is about, is there no more."""
     try:
         with open(path, "rb", buffering=0) as file:  # a third of what it takes to read it as a text file
             return file.readall().decode(errors="replace")
@@ -287,10 +277,10 @@ def _read(path: str) -> str:
         raise
 
 
-def _read_if_any(path: str) -> str:
+def read_if_any(path: str) -> str:
     """Read a file that only a kernel with IPv6 has."""
     try:
-        return _read(path)
+        return read(path)
     except Gone as gone:
         if isinstance(gone.__cause__, FileNotFoundError):  # or the process is gone, which the next look at it will say
             return ""

@@ -369,12 +369,25 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class BridgeNetwork:
+    """A network: a bridge that ctrport runs the Docker way, with the subnets behind it as far as it has them yet."""
+
+    bridge: str
+    subnets: tuple[Network, ...]
+
+    def __post_init__(self) -> None:
+        if DEVICE_NAME.fullmatch(self.bridge) is None:
+            raise ValueError(f"not a device name that can be part of a rule: {self.bridge!r}")
+
+
+@dataclass(frozen=True)
 class NodeFacts:
     """What of the node itself decides over publications.
 
     ``forwarding`` holds the families in which the node forwards packets; ``addresses`` are the node's own; ``holders``
     are those whose host ports are not to be had; ``free_ports`` are those to choose from where a mapping names none;
-    ``protocols`` are those that the kernel tracks connections of.
+    ``protocols`` are those that the kernel tracks connections of; ``networks`` are those that are run the Docker way;
+    ``services`` are addresses that IPVS gave the node, which are nobody's to publish on.
     """
 
     forwarding: frozenset[Family]
@@ -382,3 +395,5 @@ class NodeFacts:
     holders: tuple[Holder, ...] = ()
     free_ports: tuple[PortRange, ...] = ()
     protocols: frozenset[Protocol] = frozenset(Protocol)
+    networks: tuple[BridgeNetwork, ...] = ()
+    services: frozenset[Address] = frozenset()

@@ -23,7 +23,7 @@ from .firewall import FirewallError
 from .model import ContainerKey, Publication, State
 from .pace import Pace
 from .publish import Change
-from .status import PublicationStatus, Status, shown
+from .status import PublicationStatus, Status, networks, shown
 from .survey import Survey
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class Reconciler:
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
             try:
-                added = await self._dataplane.follow(changes, self._survey.facts.addresses, mend=mend)
+                added = await self._dataplane.follow(changes, self._survey.facts, mend=mend)
             except FirewallError as error:
                 self._failed(error)
             else:
@@ -268,6 +268,7 @@ class Reconciler:
             events=self._events,
             transactions=self._dataplane.transactions,
             publications=[self._shown(publication) for publication in self._survey.publications],
+            networks=networks(self._survey.facts, self._survey.amiss),
         )
 
     def _shown(self, publication: Publication) -> PublicationStatus:

@@ -79,7 +79,7 @@ async def _look(
         reservations = Reservations(config.firewall.reserve_limit, survey.container_of)
         dataplane = Dataplane(firewalls, layout, reservations)
         await dataplane.start()
-        due = await dataplane.preview(changes, survey.facts.addresses)
+        due = await dataplane.preview(changes, survey.facts)
         wanted = [change for change in changes if change.after is not None and change.after.bound]
         if status.is_running(directory):
             # What is in the kernel has its host ports, and the daemon that put it there holds them.

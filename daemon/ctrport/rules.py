@@ -84,7 +84,7 @@ class Dnat:
 
 Target = Verdict | Jump | Dnat | None  # None: the rule only marks the chain as ours
 
-ACCEPT, DROP, MASQUERADE = Verdict("ACCEPT"), Verdict("DROP"), Verdict("MASQUERADE")
+ACCEPT, DROP, MASQUERADE, RETURN = Verdict("ACCEPT"), Verdict("DROP"), Verdict("MASQUERADE"), Verdict("RETURN")
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Match:
     in_device: str | None = None
     not_in_device: str | None = None
     out_device: str | None = None
+    not_out_device: str | None = None
     protocol: Protocol | None = None
     ports: PortRange | None = None  # the destination ports as the packet has them now
     to_local: bool = False  # the destination is an address of the node
@@ -133,6 +134,7 @@ class Layout:
     position: Place = Place.POLICY
     localhost: bool = True
     masquerade_all: bool = False  # who comes from anywhere, not from the container's own link alone
+    networks: bool = False  # whether some bridge is run the Docker way
 
     @property
     def forward(self) -> str:
@@ -150,6 +152,11 @@ class Layout:
         return f"{self.chain}-HAIRPIN"
 
     @property
+    def isolation_stages(self) -> tuple[str, str]:
+        """The names of the chains that keep networks apart: who leaves one, and would enter another."""
+        return f"{self.chain}-ISOLATION-STAGE-1", f"{self.chain}-ISOLATION-STAGE-2"
+
+    @property
     def own_chains(self) -> tuple[tuple[Table, str], ...]:
         """Every chain that is ours alone, by table."""
         return (
@@ -158,6 +165,7 @@ class Layout:
             (Table.NAT, self.hairpin),
             (Table.FILTER, self.chain),
             (Table.FILTER, self.forward),
+            *((Table.FILTER, stage) for stage in self.isolation_stages if self.networks),
         )
 
     @property

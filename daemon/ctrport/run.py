@@ -35,7 +35,13 @@ _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 def layout(config: Config) -> Layout:
     """Return what the config makes of the rules."""
     firewall = config.firewall
-    return Layout(firewall.chain, _POSITIONS[firewall.position], firewall.localhost, firewall.masquerade == "all")
+    return Layout(
+        firewall.chain,
+        _POSITIONS[firewall.position],
+        firewall.localhost,
+        masquerade_all=firewall.masquerade == "all",
+        networks=bool(config.networks),
+    )
 
 
 async def firewalls(its: Layout) -> dict[Family, Firewall]:

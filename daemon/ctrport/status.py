@@ -11,13 +11,13 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .model import Publication
+from .model import NodeFacts, Publication
 
 DEFAULT_DIRECTORY = "/run/ctrport"
 
@@ -74,6 +74,15 @@ class PublicationStatus:
 
 
 @dataclass(frozen=True)
+class NetworkStatus:
+    """One of ``networks``: the subnets that it is run for, or why it is not run at all."""
+
+    bridge: str
+    subnets: list[str]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Status:
     """All that the daemon says: of itself, and of each publication. Times are ISO 8601 in UTC."""
 
@@ -86,6 +95,7 @@ class Status:
     events: int = 0
     transactions: int = 0
     publications: list[PublicationStatus] = field(default_factory=list)
+    networks: list[NetworkStatus] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return it as one JSON object; keys and their meaning are API."""
@@ -97,9 +107,16 @@ class Status:
         try:
             fields: dict[str, Any] = json.loads(text)
             publications = [PublicationStatus(**each) for each in fields.pop("publications")]
-            return cls(**fields, publications=publications)
+            networks = [NetworkStatus(**each) for each in fields.pop("networks")]
+            return cls(**fields, publications=publications, networks=networks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a status file of this version: {error}") from error
+
+
+def networks(facts: NodeFacts, amiss: Mapping[str, str]) -> list[NetworkStatus]:
+    """Return the networks as they are shown: those that are run, and why others are not."""
+    run = [NetworkStatus(network.bridge, list(map(str, network.subnets)), "") for network in facts.networks]
+    return run + [NetworkStatus(bridge, [], reason) for bridge, reason in amiss.items()]
 
 
 def shown(moment: datetime) -> str:

@@ -12,13 +12,13 @@ from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from . import conntrack, endpoints
+from . import endpoints
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
-from .ephemeral import random_ports
 from .firewall import Firewall, FirewallError
-from .model import Candidate, Container, ContainerKey, Endpoint, Family, NodeFacts, Obstacle, State
+from .model import Candidate, Container, ContainerKey, Endpoint, Family, Obstacle, State
+from .node import look
 from .pods import Pods, Running
 from .publish import Publications
 
@@ -44,21 +44,27 @@ class Survey:
         self._endpoints = finder
         self._pods = Pods()
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
-        self.facts = _facts()
+        self._node = look(config.networks)
+        self._told: dict[str, str] = {}  # what was said of networks that are not run
+        self.facts = self._node.facts
         self.publications = Publications(
             config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
         )
 
     async def node(self) -> None:
         """Look at the node itself."""
-        facts = _facts()
+        self._node = look(self._config.networks)
+        for name, reason in self._node.amiss.items():
+            if self._told.get(name) != reason:
+                log.warning("network %s: %s", name, reason)
+        self._told = self._node.amiss
         try:
             answers = [await firewall.holders() for firewall in self._firewalls.values()]
             holders = tuple(holder for answer in answers for holder in answer)
         except FirewallError as error:
             log.debug("who else holds host ports cannot be seen, what was known of it stands: %s", error)
             holders = self.facts.holders
-        self.facts = replace(facts, holders=holders)
+        self.facts = replace(self._node.facts, holders=holders)
         self.publications.learn(self.facts)
 
     async def everything(self) -> None:
@@ -92,6 +98,11 @@ class Survey:
                 found[key] = answer
         self._take_in(found)
         self._ahead.clear()
+
+    @property
+    def amiss(self) -> dict[str, str]:
+        """Why a bridge is not run as the network that it is declared to be, by its name."""
+        return self._node.amiss
 
     def container_of(self, cgroup: str) -> str | None:
         """Return the container whose process has this in its /proc/PID/cgroup, among those that run."""
@@ -146,11 +157,6 @@ class Survey:
         for pid in pids:
             with contextlib.suppress(Gone):
                 self._ahead[pid, endpoints.started(pid)] = self._endpoints.find(pid)
-
-
-def _facts() -> NodeFacts:
-    """Return what can be known of the node without asking a program."""
-    return replace(endpoints.node_facts(), free_ports=random_ports(), protocols=conntrack.tracked())
 
 
 def _running(listed: Listed) -> Running | None:

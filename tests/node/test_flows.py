@@ -11,9 +11,10 @@ from ipaddress import ip_address
 
 import pytest
 
-from ctrport import conntrack, endpoints, ports
+from ctrport import conntrack, ports
 from ctrport.conntrack import Closed, Opened
 from ctrport.model import Attachment, Endpoint, Family
+from ctrport.node import look
 from embedded.container import Container
 from embedded.host import Place
 from embedded.node import Node
@@ -285,7 +286,7 @@ class ByHand:
         self.node.run(program, *f"{rule} -j DNAT --to {to}:{mapping.container_ports}".split())
 
     def drop_stale(self, touched: Opened | Closed) -> int:
-        addresses = call(self.node, endpoints.node_facts).addresses
+        addresses = call(self.node, look).facts.addresses
         assert ip_address(self.address) in addresses
         return run(self.node, conntrack.drop_stale, [touched], addresses)
 

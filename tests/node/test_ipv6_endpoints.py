@@ -10,9 +10,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from ctrport import endpoints
 from ctrport.endpoints import DUPLICATE, LOOPBACK_ONLY
 from ctrport.model import Attachment, Endpoint, Family, Obstacle, State
+from ctrport.node import look
 from embedded.container import Container
 from embedded.node import Node
 from embedded.wait import eventually
@@ -227,7 +227,7 @@ def test_a_node_with_ipv6_switched_off_has_ipv4_as_before(node: Node) -> None:
     web = node.start("web")
     node.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
     assert find(node, web) == Endpoint((attachment(web.address, "docker0", "172.17.0.0/16", host_end(node, web)),))
-    facts = call(node, endpoints.node_facts)
+    facts = call(node, look).facts
     assert {str(each) for each in facts.addresses if each.version == 6} == set()
 
 
@@ -236,22 +236,22 @@ def test_a_node_with_ipv6_switched_off_has_ipv4_as_before(node: Node) -> None:
 
 def test_what_the_node_has_of_ipv6_is_seen(node: Node) -> None:
     node.start("web")
-    facts = call(node, endpoints.node_facts)
+    facts = call(node, look).facts
     assert facts.forwarding == frozenset(Family)
     ipv6 = {str(each) for each in facts.addresses if each.version == 6}
     assert ipv6 == {"::1", node.address6, "fd00:17::1"}
     node.sysctl("net/ipv6/conf/all/forwarding", 0)
-    assert call(node, endpoints.node_facts).forwarding == {Family.IPV4}
+    assert call(node, look).facts.forwarding == {Family.IPV4}
 
 
 _FOLLOW = """
 import asyncio
-from ctrport import endpoints, netlink
+from ctrport import netlink, node
 
 async def follow():
     print("ready", flush=True)
     async for _ in netlink.address_changes():
-        print(*sorted(map(str, endpoints.node_facts().addresses)), flush=True)
+        print(*sorted(map(str, node.look().facts.addresses)), flush=True)
 
 asyncio.run(follow())
 """
@@ -271,7 +271,7 @@ def test_an_address_of_the_node_is_announced_once_it_is_usable(node: Node) -> No
     node.run("ip", "address", "add", "198.51.100.9/24", "dev", "eth0")
     assert set(said.readline().split()) == own | {"198.51.100.9"}
     node.run("ip", "address", "add", "2001:db8:51::9/64", "dev", "eth0")
-    assert "2001:db8:51::9" not in {str(each) for each in call(node, endpoints.node_facts).addresses}
+    assert "2001:db8:51::9" not in {str(each) for each in call(node, look).facts.addresses}
     assert set(said.readline().split()) == own | {"198.51.100.9", "2001:db8:51::9"}
     node.run("ip", "address", "delete", "2001:db8:51::9/64", "dev", "eth0")
     assert set(said.readline().split()) == own | {"198.51.100.9"}

@@ -373,7 +373,7 @@ f:10:3: the key 'chain' stands on line 7 already; expected each once
 f:11:15: `firewall.masquerade` is 'some'; expected hairpin or all
 f:12:18: `firewall.reserve_limit` is '-1'; expected a number of ports from 0 to 196605, in plain digits
 f:13:3: `firewall.on_stop` is empty; expected keep or remove
-f:14:1: the file has no key 'publlish'; expected containerd, firewall or publish (did you mean publish?)
+f:14:1: the file has no key 'publlish'; expected containerd, firewall, networks or publish (did you mean publish?)
 f:16:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
 f:17:12: `publish[].ports` is an empty list; expected {ports}
 f:18:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
@@ -447,8 +447,8 @@ def test_problems_are_values_in_the_order_of_the_file() -> None:
 FIREWALL = (
     "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
 )
-FILE = "a mapping with the keys containerd, firewall and publish, each of which may be left out"
-NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall or publish"
+FILE = "a mapping with the keys containerd, firewall, networks and publish, each of which may be left out"
+NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall, networks or publish"
 BAD_YAML = {
     "firewall: {}\n---\nfirewall: {}\n": ["f:2:1: a second document begins here; expected one alone"],
     "---\n---\n": ["f:2:1: a second document begins here; expected one alone"],
@@ -494,10 +494,10 @@ BAD_YAML = {
     ],
     "a: {b: {c: 1, c: 2}}": [NO_KEY_A, "f:1:15: the key 'c' stands on line 1 already; expected each once"],
     '{"a": 1, a: 2}': [
-        "f:1:2: the file has no key 'a'; expected containerd, firewall or publish",
+        "f:1:2: the file has no key 'a'; expected containerd, firewall, networks or publish",
         "f:1:10: the key 'a' stands on line 1 already; expected each once",
     ],
-    '"\\e[2J\\n": 1': ["f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall or publish"],
+    '"\\e[2J\\n": 1': ["f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall, networks or publish"],
 }
 
 
@@ -689,6 +689,7 @@ def test_every_place_of_the_schema_says_what_is_expected() -> None:
             ("", config._File),
             ("containerd", Containerd),
             ("firewall", Firewall),
+            ("networks[]", config._Network),
             ("publish[]", config._Entry),
             ("publish[].match", config._Match),
             ("publish[].match.pod", config._PodMatch),
@@ -778,3 +779,24 @@ def test_a_limit_for_reserved_ports_is_a_number(limit: str) -> None:
 def test_a_limit_for_reserved_ports_that_is_none_is_refused(limit: str) -> None:
     (problem,) = problems(f"firewall: {{reserve_limit: {limit}}}")
     assert problem.endswith("; expected a number of ports from 0 to 196605, in plain digits")
+
+
+def test_networks_are_named_by_their_bridges() -> None:
+    assert config.parse("networks: [{bridge: docker0}, {bridge: br-7}]", "f").networks == ("docker0", "br-7")
+    assert config.parse("networks: []", "f").networks == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("networks: docker0", "f:1:11: `networks` is 'docker0'; expected a list of bridges to run the Docker way, "),
+        ("networks: [docker0]", "f:1:12: an entry of `networks` is 'docker0'; expected a mapping with bridge"),
+        ("networks: [{}]", "f:1:12: `networks[].bridge` is missing; expected the name of a bridge, such as docker0"),
+        ("networks: [{bridge: a/b}]", "f:1:21: `networks[].bridge` is 'a/b'; expected the name of a bridge, "),
+        ("networks: [{bridge: a, name: b}]", "f:1:24: an entry of `networks` has no key 'name'; expected bridge"),
+        ("networks:\n- bridge: a\n- bridge: a", "f:3:11: the bridge a is named on line 2 already; expected each once"),
+    ],
+)
+def test_a_network_that_is_none_is_refused(text: str, problem: str) -> None:
+    (found,) = problems(text)
+    assert found.startswith(problem)

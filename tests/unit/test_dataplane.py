@@ -7,6 +7,7 @@ import copy
 import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -18,13 +19,17 @@ from ctrport.dataplane import Dataplane, remove_everything
 from ctrport.firewall import FirewallError
 from ctrport.firewall.fake import Chains, MemoryKernel
 from ctrport.firewall.tables import Tables
-from ctrport.model import Address, Family, Publication
+from ctrport.model import Address, Family, NodeFacts, Publication
 from ctrport.publish import Change
 from ctrport.rules import Layout, Table
 from tests.unit import worlds
 from tests.unit.worlds import active
 
-NODE: set[Address] = {worlds.NODE4}
+NODE = NodeFacts(frozenset(Family), frozenset[Address]({worlds.NODE4}))
+
+
+def node(*addresses: Address) -> NodeFacts:
+    return replace(NODE, addresses=frozenset(addresses))
 
 
 def came(*publications: Publication) -> list[Change]:
@@ -77,7 +82,7 @@ class Ground:
 
     async def drop_stale(self, touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
         """Stands where conntrack is asked."""
-        assert node == NODE
+        assert node == NODE.addresses
         if self.conntrack_says is not None:
             raise self.conntrack_says
         self.dropped.append(list(touched))
@@ -130,12 +135,12 @@ def test_the_nodes_own_addresses_have_their_rules_as_long_as_they_are_there(grou
         await dataplane.start()
         await dataplane.follow([], NODE)
         bare = copy.deepcopy(ground.kernel.tables)
-        assert await dataplane.follow([], NODE | {second}) == 2
+        assert await dataplane.follow([], node(worlds.NODE4, second)) == 2
         for table, chain in ((Table.FILTER, "DOCKER-FORWARD"), (Table.NAT, "DOCKER-POSTROUTING")):
             [rule] = [rule for rule in ground.rules(table, chain) if "node 192.0.2.2" in rule]
             assert "--ctorigdst 192.0.2.2 " in rule
         # Of a family that nobody serves, and loopback, which no forwarded flow was sent to.
-        assert await dataplane.follow([], NODE | {second, worlds.NODE6, IPv4Address("127.0.0.1")}) == 0
+        assert await dataplane.follow([], node(worlds.NODE4, second, worlds.NODE6, IPv4Address("127.0.0.1"))) == 0
         await dataplane.follow([], NODE)
         assert ground.kernel.tables == bare
 
@@ -148,8 +153,8 @@ def test_addresses_that_come_together_are_written_in_one_order(ground: Ground) -
     async def work() -> None:
         dataplane = ground.dataplane()
         await dataplane.start()
-        await dataplane.follow([], [])
-        await dataplane.follow([], addresses)
+        await dataplane.follow([], node())
+        await dataplane.follow([], node(*addresses))
         written = re.findall(r"DOCKER-FORWARD .*--ctorigdst (\S+)", ground.kernel.restores[-1])
         assert written == list(map(str, addresses))
 

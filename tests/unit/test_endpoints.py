@@ -22,7 +22,6 @@ from ctrport.endpoints import (
     local_addresses,
     routes,
 )
-from ctrport.model import Family
 
 LOOPBACK_TRIE = """\
      +-- 127.0.0.0/8 2 0 2
@@ -151,10 +150,6 @@ def test_the_addresses_of_a_namespace_are_its_own_ones_alone(case: str) -> None:
 def test_an_address_that_is_its_networks_first_is_found_behind_the_network() -> None:
     text = trie("     |-- 10.0.0.0\n        /31 link UNICAST\n        /32 host LOCAL\n")
     assert IPv4Address("10.0.0.0") in local_addresses(text)
-
-
-def test_this_machines_own_addresses_are_read() -> None:
-    assert IPv4Address("127.0.0.1") in endpoints.node_facts().addresses
 
 
 def test_routes_are_read_in_the_machines_byte_order() -> None:
@@ -326,30 +321,6 @@ def test_of_ipv6_the_address_is_that_of_the_default_routes_device_or_the_lowest(
         assert chosen[1] == next(one.device for one in own if one.address == chosen[0])
 
 
-def test_this_machines_own_addresses_of_ipv6_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {"/proc/self/net/if_inet6": JUST_MADE + OF_ALL_KINDS, "/proc/self/net/fib_trie": ON_A_BRIDGE}
-    files |= {"/proc/sys/net/ipv4/ip_forward": "0\n", "/proc/sys/net/ipv6/conf/all/forwarding": "1\n"}
-    monkeypatch.setattr(endpoints, "_read", files.__getitem__)
-    facts = endpoints.node_facts()
-    assert facts.forwarding == {Family.IPV6}
-    assert {str(each) for each in facts.addresses if each.version == 6} == {
-        *("::1", "fd00:17::a", "fd00:17::5", "2001:db8:a::7", "fd00:17::9")
-    }
-    assert {str(each) for each in facts.addresses if each.version == 4} == {"127.0.0.1", "172.17.0.2"}
-
-
-def test_a_node_without_ipv6_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(path: str) -> str:
-        if "6" in path:
-            raise Gone(f"{path} is gone") from FileNotFoundError()
-        return {"/proc/sys/net/ipv4/ip_forward": "1\n", "/proc/self/net/fib_trie": ON_A_BRIDGE}[path]
-
-    monkeypatch.setattr(endpoints, "_read", read)
-    facts = endpoints.node_facts()
-    assert facts.forwarding == {Family.IPV4}
-    assert {each.version for each in facts.addresses} == {4}
-
-
 def test_a_process_that_ended_is_gone() -> None:
     with pytest.raises(Gone):
         endpoints.started(2**22 + 1)
@@ -368,9 +339,3 @@ def test_a_process_may_call_itself_what_it_likes() -> None:
         assert endpoints.started(os.getpid()) == began
     finally:
         comm.write_bytes(before)
-
-
-def test_whether_the_node_forwards_is_read_from_the_kernel() -> None:
-    with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as switch:
-        forwards = switch.read().strip() == "1"
-    assert (Family.IPV4 in endpoints.node_facts().forwarding) is forwards

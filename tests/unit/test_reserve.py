@@ -18,13 +18,13 @@ from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.tables import Tables
 from ctrport.hostports import Claim, Held, NotOnNode, Reservations
 from ctrport.listeners import Bound, Entry
-from ctrport.model import Address, Family, Holder, PortRange, Protocol, Publication, State
+from ctrport.model import Address, Family, Holder, NodeFacts, PortRange, Protocol, Publication, State
 from ctrport.publish import Change, Publications
 from ctrport.rules import Layout
 from tests.unit import worlds
 from tests.unit.worlds import active, candidate, declaration, key
 
-NODE: set[Address] = {worlds.NODE4}
+NODE = NodeFacts(frozenset(Family), frozenset[Address]({worlds.NODE4}))
 
 
 class Sockets(Reservations):

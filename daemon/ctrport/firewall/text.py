@@ -152,6 +152,8 @@ def _match(match: Match) -> Iterator[str]:
         yield f"! -i {match.not_in_device}"
     if match.out_device is not None:
         yield f"-o {match.out_device}"
+    if match.not_out_device is not None:
+        yield f"! -o {match.not_out_device}"
     if match.protocol is not None:
         yield f"-p {match.protocol}"
         if match.ports is not None:
