@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
 CORE := model.py choose.py contest.py networks.py owners.py ports.py document.py config.py pace.py pods.py publish.py \
-	rules.py firewall/plan.py firewall/text.py
+	rules.py firewall/entries.py firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -36,7 +36,7 @@ venv: $(READY)  ## Build .venv with ctrport and all that its tests need
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[legacy]' --group dev
 	@touch $@
 
 demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step by step (as root)

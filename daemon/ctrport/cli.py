@@ -13,14 +13,18 @@ import os
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from . import __version__, status, systemd
 from .config import DEFAULT_PATH, PARTS, Config, ConfigError, parse
 from .containerd import ContainerdError
-from .firewall import FirewallError
+from .firewall import Firewall, FirewallError
+
+if TYPE_CHECKING:
+    from .model import Family
+    from .rules import Layout
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -111,15 +115,12 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
 def plan(path: str, directory: Path) -> None:
     """Show what `run` would change in the kernel now, as a diff; change nothing. Exits 3 where there is something."""
     from . import run as daemon
-    from .firewall.detect import detect
     from .report import pending
 
     config = _load(path)
     _as_root("plan")
     layout = daemon.layout(config)
-    if config.firewall.backend == "auto":
-        _await(detect())
-    lines = _await(pending(config, _await(daemon.firewalls(layout)), layout, directory))
+    lines = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
     for line in lines:
         colour = {"+": "green", "-": "red"}.get(line[:1])
         click.echo(click.style(line, fg=colour))
@@ -135,13 +136,11 @@ def clean(directory: Path, force: bool) -> None:
     """Remove every rule of ctrport. Needs neither a configuration nor containerd."""
     from . import run as daemon
     from .dataplane import remove_everything
-    from .rules import Layout
 
     _as_root("clean")
     if status.is_running(directory) and not force:
         _fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
-    firewalls = _await(daemon.firewalls(Layout()))
-    removed = [_await(remove_everything(firewall)) for firewall in firewalls.values()]
+    removed = [_await(remove_everything(firewall)) for firewall in _await(daemon.every_firewall())]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
 
 
@@ -157,7 +156,14 @@ def _without_daemon(config: Config, directory: Path) -> status.Status:
     from .report import without_daemon
 
     layout = daemon.layout(config)
-    return _await(without_daemon(config, _await(daemon.firewalls(layout)), layout, directory))
+    return _await(without_daemon(config, _await(_firewalls(config, layout)), layout, directory))
+
+
+async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:
+    from . import run as daemon
+    from .firewall.detect import choose
+
+    return await daemon.firewalls(layout, (await choose(config.firewall.backend)).backend)
 
 
 def _table(current: status.Status) -> None:

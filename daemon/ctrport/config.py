@@ -32,7 +32,7 @@ MOST_RESERVED = 3 * 65535
 DOCKERD_NAMESPACE = "moby"
 
 # A backend that is added gets its word here; the check and the sentence follow.
-Backend = Literal["auto", "iptables-nft"]
+Backend = Literal["auto", "iptables-nft", "iptables-legacy"]
 Position = Literal["auto", "first", "last"]
 OnStop = Literal["keep", "remove"]
 Masquerade = Literal["hairpin", "all"]
@@ -243,7 +243,7 @@ _EXPECTED = {
     "firewall": (
         "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
     ),
-    "firewall.backend": "auto or iptables-nft",
+    "firewall.backend": "auto, iptables-nft or iptables-legacy",
     "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
     "firewall.position": "auto, first or last",
     "firewall.localhost": "true or false",

@@ -370,8 +370,11 @@ async def remove_everything(firewall: Firewall) -> bool:
     for record in firewall.localnet_records:
         if record.ours:
             _switch(record.device, False)
-    await firewall.apply(plan)
-    await firewall.apply(guard)
+    try:
+        await firewall.apply(plan)
+        await firewall.apply(guard)
+    finally:
+        await firewall.close()
     return bool(plan or guard)
 
 

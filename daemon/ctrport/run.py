@@ -15,7 +15,8 @@ from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
 from .firewall import Firewall, FirewallError
-from .firewall.detect import detect, families
+from .firewall.detect import choose, families
+from .firewall.iptables_legacy import LegacyTables, existing
 from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
 from .hostports import Reservations, allow_sockets
@@ -44,9 +45,16 @@ def layout(config: Config) -> Layout:
     )
 
 
-async def firewalls(its: Layout) -> dict[Family, Firewall]:
+async def firewalls(its: Layout, backend: str) -> dict[Family, Firewall]:
     """Return what writes the rules of each family that can be served on this node."""
-    return {family: Tables(NftCommands(family), its) for family in await families()}
+    kernel = LegacyTables if backend == LegacyTables.name else NftCommands
+    return {family: Tables(kernel(family), its) for family in await families(backend)}
+
+
+async def every_firewall() -> list[Firewall]:
+    """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
+    nft = await firewalls(Layout(), NftCommands.name)
+    return [*nft.values(), *(Tables(LegacyTables(family), Layout()) for family in Family if existing(family))]
 
 
 async def run(config: Config, directory: Path) -> None:
@@ -55,13 +63,13 @@ async def run(config: Config, directory: Path) -> None:
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
     log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
-    if config.firewall.backend == "auto":
-        log.info("backend iptables-nft: %s", await detect())
+    choice = await choose(config.firewall.backend)
+    log.info("backend %s: %s", choice.backend, choice.reason)
     end = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
     shape = layout(config)
-    its = await firewalls(shape)
+    its = await firewalls(shape, choice.backend)
     changed = asyncio.Event()
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
     limit = allow_sockets(2 * config.firewall.reserve_limit) // 2

@@ -20,6 +20,7 @@ _CALLED = {
     "bridge_nf": "bridge-nf {}",
     "forward_policy": "FORWARD {}",
     "network": "{}",
+    "backend": "{}",
 }
 
 

@@ -12,6 +12,7 @@ Protocol = Literal["tcp", "udp", "sctp"]
 Family = Literal["IPv4", "IPv6"]
 BridgeNf = Literal[0, 1]
 Policy = Literal["ACCEPT", "DROP"]
+Backend = Literal["iptables-nft", "iptables-legacy"]
 Wiring = Literal["bridge with ipMasq", "bridge without ipMasq", "routed veth"]
 
 PROTOCOLS: tuple[Protocol, ...] = ("tcp", "udp", "sctp")
@@ -19,6 +20,8 @@ FAMILIES: tuple[Family, ...] = ("IPv4", "IPv6")
 BRIDGE_NF: tuple[BridgeNf, ...] = (0, 1)
 POLICIES: tuple[Policy, ...] = ("ACCEPT", "DROP")
 WIRINGS: tuple[Wiring, ...] = ("bridge with ipMasq", "bridge without ipMasq", "routed veth")
+
+BACKENDS: tuple[Backend, ...] = ("iptables-nft", "iptables-legacy")
 
 #: The kind of a protocol's sockets, and the third argument of socket(2).
 SOCKETS: dict[Protocol, tuple[socket.SocketKind, int]] = {
@@ -35,9 +38,15 @@ class Site:
     bridge_nf: BridgeNf
     forward_policy: Policy
     network: Wiring
+    backend: Backend
 
     def __str__(self) -> str:
-        return f"{self.network}, bridge-nf {self.bridge_nf}, FORWARD {self.forward_policy}"
+        return f"{self.network}, bridge-nf {self.bridge_nf}, FORWARD {self.forward_policy}, {self.backend}"
+
+    @property
+    def programs(self) -> tuple[str, str]:
+        """The commands of IPv4 and of IPv6 for the tables that everything is in here."""
+        return self.backend, self.backend.replace("ip", "ip6", 1)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Setting:
     """One combination of the dimensions.
 
     ``bridge_nf`` is bridge-nf-call-iptables and bridge-nf-call-ip6tables, ``forward_policy`` that of FORWARD in both
-    families, ``network`` how the published container is joined to the node.
+    families, ``network`` how the published container is joined to the node, ``backend`` what writes the tables.
     """
 
     protocol: Protocol
@@ -53,11 +62,12 @@ class Setting:
     bridge_nf: BridgeNf
     forward_policy: Policy
     network: Wiring
+    backend: Backend
 
     @property
     def site(self) -> Site:
         """The part of it that a node has."""
-        return Site(self.bridge_nf, self.forward_policy, self.network)
+        return Site(self.bridge_nf, self.forward_policy, self.network, self.backend)
 
     def __str__(self) -> str:
         return f"{self.protocol} over {self.family}, {self.site}"
@@ -69,12 +79,16 @@ DIMENSIONS: tuple[str, ...] = tuple(field.name for field in fields(Setting))
 Pair = tuple[str, object, str, object]
 
 
-def product(protocols: Sequence[Protocol] = PROTOCOLS, families: Sequence[Family] = FAMILIES) -> tuple[Setting, ...]:
-    """Return every setting there is with those protocols and families, those of one site in a row."""
-    sites = itertools.product(WIRINGS, BRIDGE_NF, POLICIES)
+def product(
+    protocols: Sequence[Protocol] = PROTOCOLS,
+    families: Sequence[Family] = FAMILIES,
+    backends: Sequence[Backend] = BACKENDS,
+) -> tuple[Setting, ...]:
+    """Return every setting there is with those protocols, families and backends, those of one site in a row."""
+    sites = itertools.product(backends, WIRINGS, BRIDGE_NF, POLICIES)
     return tuple(
-        Setting(protocol, family, bridge_nf, policy, network)
-        for network, bridge_nf, policy in sites
+        Setting(protocol, family, bridge_nf, policy, network, backend)
+        for backend, network, bridge_nf, policy in sites
         for family in families
         for protocol in protocols
     )
@@ -92,10 +106,12 @@ def pairwise(protocols: Sequence[Protocol] = PROTOCOLS, families: Sequence[Famil
     """Return few settings in which each pair of values of two dimensions occurs, the same ones each time.
 
     SCTP only adds to the selection for the others, since many kernels have none: skipping it there loses no other pair.
+    So does each backend: with the first alone all other pairs occur already.
     """
     usual = tuple(protocol for protocol in protocols if protocol != "sctp")
     selected: list[Setting] = []
-    for candidates in (product(usual, families), product(protocols, families)):
+    steps = itertools.product((BACKENDS[:1], BACKENDS), (usual, protocols))
+    for candidates in (product(these, families, backends) for backends, these in steps):
         missing = _all_pairs(candidates) - _all_pairs(selected)
         while missing:
             # What a site costs is the node; with the same gain, take one that is there already.

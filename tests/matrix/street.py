@@ -113,7 +113,7 @@ def street(site: Site, keys: tuple[Key, ...]) -> Iterator[Street]:
                 for address in (LOCALHOST[family], network.gateway):
                     Server(node, HOST_SERVICE, kind=kind, proto=proto, address=address, name="host")
         ctrport = Ctrport(node)
-        ctrport.configure(_declarations(protocols))
+        ctrport.configure(_declarations(site, protocols))
         ctrport.start()
         for protocol in protocols:
             ctrport.wait_for(f"{PUBLISHED}:{WEB}/{protocol}", "active")
@@ -121,12 +121,13 @@ def street(site: Site, keys: tuple[Key, ...]) -> Iterator[Street]:
 
 
 def _settle(node: Node, site: Site) -> None:
+    for program in site.programs:
+        node.run(program, "-P", "FORWARD", site.forward_policy)
     for family, key in (("ip", "ipv4/icmp_ratelimit"), ("ip6", "ipv6/icmp/ratelimit")):
-        node.run(f"{family}tables-nft", "-P", "FORWARD", site.forward_policy)
         node.sysctl(f"net/bridge/bridge-nf-call-{family}tables", site.bridge_nf)
         node.sysctl(f"net/{key}", 0)  # or a client is not always told that a port is closed
     # Counts what comes from 127.0.0.0/8 over a wire, and lets it go on: see `rows.from_127`.
-    node.run("iptables-nft", "-A", "INPUT", "-s", "127.0.0.0/8", "!", "-i", "lo")
+    node.run(site.backend, "-A", "INPUT", "-s", "127.0.0.0/8", "!", "-i", "lo")
     for address in SECOND.values():
         node.add_address(address)
     node.start_containerd()
@@ -144,7 +145,7 @@ def _networks(node: Node, site: Site, ipv6: bool) -> tuple[Network, Network]:
     return network, node.add_network("far0", subnet="172.20.0.0/16", subnet6=other, ip_masq=False, hairpin=False)
 
 
-def _declarations(protocols: Sequence[Protocol]) -> str:
+def _declarations(site: Site, protocols: Sequence[Protocol]) -> str:
     web, brief = [], []
     for protocol in protocols:
         web += [f"{PUBLISHED}:{WEB}/{protocol}", f"127.0.0.1:{ON_LOCALHOST}:{PRIVATE}/{protocol}"]
@@ -153,7 +154,7 @@ def _declarations(protocols: Sequence[Protocol]) -> str:
             for outside, inside in (SAME, OFFSET)
         ]
         brief.append(f"{BRIEF}:{WEB}/{protocol}")
-    lines = ["publish:"]
+    lines = [f"firewall: {{backend: {site.backend}}}", "publish:"]
     for name, specs in (("web", web), ("brief", brief)):
         listed = ", ".join(f'"{spec}"' for spec in specs)
         lines += [f"  - match: {{container: {name}}}", f"    ports: [{listed}]"]

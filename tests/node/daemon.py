@@ -49,10 +49,15 @@ class Ctrport:
         """Write the configuration."""
         self.config.write_text(text)
 
-    def start(self, *options: str, wait: bool = True, env: dict[str, str] | None = None) -> None:
-        """Start the daemon; ``wait`` until it has been all round once. ``env`` is added to its environment."""
+    def start(
+        self, *options: str, wait: bool = True, env: dict[str, str] | None = None, behind: tuple[str, ...] = ()
+    ) -> None:
+        """Start the daemon; ``wait`` until it has been all round once.
+
+        ``env`` is added to its environment, and ``behind`` is the program that starts it, with its arguments.
+        """
         with self.log.open("a") as log:
-            argv = self._argv("run", "--config", str(self.config), *options)
+            argv = (*behind, *self._argv("run", "--config", str(self.config), *options))
             self._process = self.node.spawn(*argv, env={**self._environment(), **(env or {})}, stderr=log)
         if wait:
             eventually(self.in_line, what="the daemon being in line")
@@ -64,6 +69,12 @@ class Ctrport:
         status = self.status()
         connected = str(status["containerd"]).startswith("connected")
         return bool(status["running"]) and connected and status["firewall"] == "in line"
+
+    @property
+    def pid(self) -> int:
+        """The daemon's number on the machine."""
+        assert self._process is not None
+        return self._process.pid
 
     @property
     def messages(self) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import os
 import shlex
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from ctrport.firewall import FirewallError, Unusable
+from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
 from ctrport.model import Family
 from ctrport.rules import Table
@@ -42,6 +44,12 @@ def host() -> Iterator[Host]:
         yield host
 
 
+@pytest.fixture
+def private_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The lock of the legacy tables is a file, and the machine's is not the host's."""
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
+
+
 class TestNftCommands(FirewallContract):
     @pytest.fixture(params=list(Family))
     def kernel(self, request: pytest.FixtureRequest) -> NftCommands:
@@ -60,6 +68,34 @@ class TestNftCommands(FirewallContract):
 
         def write(table: Table, words: str) -> None:
             host.run(program, "-t", table.value, *shlex.split(words))
+
+        return write
+
+
+class TestLegacyTables(FirewallContract):
+    @pytest.fixture(params=list(Family))
+    def kernel(self, request: pytest.FixtureRequest) -> LegacyTables:
+        return LegacyTables(request.param)
+
+    @pytest.fixture
+    def run(self, host: Host, kernel: LegacyTables, private_lock: None) -> Run:
+        async def closing(work: Coroutine[object, object, T]) -> T:
+            try:
+                return await work
+            finally:
+                await kernel.close()
+
+        def run(work: Coroutine[object, object, T]) -> T:
+            return in_namespace_of(host, closing(work))
+
+        return run
+
+    @pytest.fixture
+    def operator(self, host: Host, kernel: LegacyTables, private_lock: None) -> Operator:
+        program = "iptables-legacy" if kernel.family is Family.IPV4 else "ip6tables-legacy"
+
+        def write(table: Table, words: str) -> None:
+            host.run(program, "-w", "-t", table.value, *shlex.split(words))
 
         return write
 

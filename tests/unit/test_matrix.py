@@ -30,14 +30,14 @@ def test_the_selection_has_every_pair_of_values(protocols: tuple[Protocol, ...],
     everything = product(protocols, families)
     dimensions = [
         sorted({getattr(setting, name) for setting in everything}, key=str)
-        for name in ("protocol", "family", "bridge_nf", "forward_policy", "network")
+        for name in ("protocol", "family", "bridge_nf", "forward_policy", "network", "backend")
     ]
     assert len(everything) == len({*itertools.product(*dimensions)})
     selected = pairwise(protocols, families)
-    for one, other in itertools.combinations(range(5), 2):
+    for one, other in itertools.combinations(range(6), 2):
         found = {(_values(setting)[one], _values(setting)[other]) for setting in selected}
         assert found == {*itertools.product(dimensions[one], dimensions[other])}
-    assert len(selected) <= 9
+    assert len(selected) <= 14
     assert set(selected) <= set(everything)
 
 
@@ -57,11 +57,11 @@ def _values(setting: Setting) -> list[object]:
 
 
 def _site(site: Site) -> list[object]:
-    return [site.bridge_nf, site.forward_policy, site.network]
+    return [site.bridge_nf, site.forward_policy, site.network, site.backend]
 
 
-def test_a_setting_has_ten_pairs() -> None:
-    assert len(pairs(product()[0])) == 10
+def test_a_setting_has_fifteen_pairs() -> None:
+    assert len(pairs(product()[0])) == 15
 
 
 def test_each_row_is_asked_somewhere_and_expects_something_there() -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..model import Family
 from ..programs import ProgramError, run
-from . import Unusable
 
 log = logging.getLogger(__name__)
 
@@ -24,31 +24,40 @@ TIMEOUT = 30.0
 HINTS = ("KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY")
 
 
-async def detect() -> str:
-    """Return why ``auto`` takes iptables-nft here, in words for the log. Raises ``Unusable`` where it must not."""
+@dataclass(frozen=True)
+class Choice:
+    """The backend to write with, and why, in words for the log."""
+
+    backend: str
+    reason: str
+
+
+async def choose(asked: str) -> Choice:
+    """Return which backend ``firewall.backend`` means here. Loads nothing, and makes no table."""
+    if asked != "auto":
+        return Choice(asked, "firewall.backend says so")
     if await _hinted("iptables-nft-save"):
-        return "the kubelet writes nft tables"
+        return Choice("iptables-nft", "the kubelet writes nft tables")
     if _legacy_mangle_exists() and await _hinted("iptables-legacy-save"):
-        raise Unusable(
-            "this node's kubelet writes legacy tables, which cannot be done yet; "
-            "firewall.backend: iptables-nft writes nft tables all the same"
-        )
-    return "no kubelet has left a hint"
+        return Choice("iptables-legacy", "the kubelet writes legacy tables")
+    return Choice("iptables-nft", "no kubelet has left a hint")
 
 
-async def families() -> tuple[Family, ...]:
+async def families(backend: str) -> tuple[Family, ...]:
     """Return the families that can be served here: IPv4, and IPv6 where the kernel and iptables have it."""
     if not _has_ipv6():
         log.info("IPv6 is not served: this kernel has none, or it is switched off")
         return (Family.IPV4,)
+    # A legacy table is not asked for: that would make it.
+    question = ("ip6tables-nft-save", "-t", "nat") if backend == "iptables-nft" else ("ip6tables-legacy-save", "-V")
     try:
-        ended = await run("ip6tables-nft-save", "-t", "nat", timeout=TIMEOUT)
+        ended = await run(*question, timeout=TIMEOUT)
     except ProgramError as error:
-        if shutil.which("iptables-nft") is not None:  # or nothing can be served at all, which is said where it shows
+        if shutil.which(backend) is not None:  # or nothing can be served at all, which is said where it shows
             log.warning("IPv6 is not served: %s", error)
         return (Family.IPV4,)
     if ended.status != 0:
-        log.warning("IPv6 is not served: ip6tables-nft-save: %s", " ".join(ended.err.split()))
+        log.warning("IPv6 is not served: %s: %s", question[0], " ".join(ended.err.split()))
         return (Family.IPV4,)
     return (Family.IPV4, Family.IPV6)
 

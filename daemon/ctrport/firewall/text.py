@@ -20,7 +20,8 @@ from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 TAG = re.compile(r"ctrport (?P<owner>[A-Za-z0-9._/:=@\[\] -]+) (?P<digest>[0-9a-f]{12})")
 # In quotes always, as it has a space; without them it could be part of somebody else's comment.
 _COMMENT = re.compile(r'--comment "(' + TAG.pattern + r')"(?= |$)')
-_CHAIN = re.compile(r"[A-Za-z0-9_-]{1,28}")
+#: What a chain of ours may be called.
+CHAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,28}")
 
 
 def tag(rule: Rule) -> str:
@@ -132,7 +133,7 @@ def _operation(op: Op) -> str:
 
 
 def _checked(chain: str) -> str:
-    if _CHAIN.fullmatch(chain) is None:
+    if CHAIN_NAME.fullmatch(chain) is None:
         raise ValueError(f"not a chain name that iptables takes: {chain!r}")
     return chain
 

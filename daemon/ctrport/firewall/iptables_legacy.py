@@ -1,0 +1,188 @@
+"""The legacy tables: written by python-iptables (libiptc) in a worker, read as iptables-legacy-save prints them.
+
+A worker is a process for one family (see ``legacy_worker``). One that ended or does not answer is killed and the next
+write starts another, so that what failed is an error like any other: read the kernel again, and write what it lacks.
+
+The kernel gives out and takes back a legacy table whole, whatever the change. And it makes one that it does not have
+for whoever asks for it, so nothing is read of a table that is not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..model import Family
+from ..programs import NotInstalled, ProgramError, run
+from ..rules import Table
+from . import FirewallError, Unusable
+from .entries import commit, to_json
+from .plan import Plan
+
+#: Seconds until an answer has to be there: for the lock, and the writing itself.
+TIMEOUT = 30.0
+#: And for each operation, which takes the worker some ms where the machine is busy.
+TIMEOUT_EACH = 0.02
+
+_KERNEL_CHAINS = {
+    Table.RAW: ("PREROUTING", "OUTPUT"),
+    Table.NAT: ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+    Table.FILTER: ("INPUT", "FORWARD", "OUTPUT"),
+}
+
+
+class LegacyTables:
+    """Implements ``Kernel`` with the legacy tables of the network namespace that it is first used in.
+
+    ``worker`` is the program to write with, which takes the family's number.
+    """
+
+    name = "iptables-legacy"
+
+    def __init__(
+        self,
+        family: Family = Family.IPV4,
+        worker: Sequence[str] = (sys.executable, "-m", "ctrport.firewall.legacy_worker"),
+        timeout: float = TIMEOUT,
+    ) -> None:
+        self.family = family
+        self._save = "iptables-legacy-save" if family is Family.IPV4 else "ip6tables-legacy-save"
+        self._worker = _Worker((*worker, str(family.value)))
+        self._timeout = timeout
+        self._reads: dict[Table, asyncio.Task[str]] = {}
+
+    async def chain(self, table: Table, chain: str) -> list[str] | None:
+        """See ``Kernel.chain``. Chains of one table that are asked for together are read at once."""
+        if table not in self._reads:
+            self._reads[table] = asyncio.create_task(self._read_soon(table))
+        head, rule, lines = f":{chain} ", f"-A {chain} ", (await self._reads[table]).splitlines()
+        policy = next((line.split(" ")[1] for line in lines if line.startswith(head)), None)
+        if policy is None:
+            return None
+        first = f"-N {chain}" if policy == "-" else f"-P {chain} {policy}"
+        return [first, *(line for line in lines if line.startswith(rule))]
+
+    async def _read_soon(self, table: Table) -> str:
+        await asyncio.sleep(0)  # who asks in the same turn is answered with this; who asks later, by a later look
+        del self._reads[table]
+        return await self.table(table)
+
+    async def table(self, table: Table) -> str:
+        """See ``Kernel.table``. One that is not there has no rules."""
+        if table not in existing(self.family):
+            heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in _KERNEL_CHAINS[table])
+            return f"*{table}\n{heads}COMMIT\n"
+        with _errors():
+            ended = await run(self._save, "-t", table.value, timeout=TIMEOUT)
+        if ended.status != 0:
+            raise FirewallError(f"the table {table} could not be listed: {' '.join(ended.err.split())}")
+        return ended.out
+
+    async def prepare(self) -> None:
+        """See ``Kernel.prepare``: a worker takes longer to start than to write."""
+        with contextlib.suppress(FirewallError):
+            await self._worker.start()
+
+    async def close(self) -> None:
+        """See ``Kernel.close``."""
+        await self._worker.end()
+
+    async def restore(self, plan: Plan) -> None:
+        """See ``Kernel.restore``."""
+        # Beside the event loop: 10,000 rules take a second.
+        request = await asyncio.to_thread(_request, plan, self.family)
+        operations = sum(len(block.ops) for block in plan.blocks)
+        answer = await self._worker.ask(request, self._timeout + TIMEOUT_EACH * operations)
+        if answer["error"]:
+            kind = Unusable if answer["unusable"] else FirewallError
+            raise kind(f"the rules could not be written: {answer['error']}")
+
+
+def _request(plan: Plan, family: Family) -> str:
+    return to_json(commit(block, family) for block in plan.blocks)
+
+
+def existing(family: Family) -> set[Table]:
+    """Return the legacy tables that there are, without making one by asking."""
+    name = "ip_tables_names" if family is Family.IPV4 else "ip6_tables_names"
+    try:
+        there = Path(f"/proc/thread-self/net/{name}").read_text().split()
+    except OSError:
+        return set()  # the module is not loaded
+    return {table for table in Table if table.value in there}
+
+
+class _Worker:
+    """A process that answers each line with a line."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._argv = argv
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> asyncio.subprocess.Process:
+        """Start it, unless it runs. Raises ``FirewallError``."""
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        package = Path(__file__).parents[2]
+        path = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                cwd="/",  # python -m takes modules from where it is started, which may be anybody's
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            )
+        except OSError as error:
+            raise FirewallError(f"the worker for legacy tables could not be started: {error.strerror}") from error
+        return self._process
+
+    async def ask(self, line: str, timeout: float) -> dict[str, str]:
+        """Return what it answers. Raises ``FirewallError``, and ends it, where it does not."""
+        process = await self.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answered = False
+        try:
+            process.stdin.write(f"{line}\n".encode())
+            said = await asyncio.wait_for(process.stdout.readline(), timeout)
+            answered = said.endswith(b"\n")
+            if not answered:
+                await asyncio.wait_for(process.wait(), timeout)  # to be told how: kill() would look first
+        except asyncio.TimeoutError as error:
+            raise FirewallError(f"the worker for legacy tables did not answer within {timeout:.0f} s") from error
+        finally:
+            if not answered:  # nor is there to be an answer to this one when the next is waited for
+                await self.end()
+        if not answered:
+            raise FirewallError(f"the worker for legacy tables ended: {_manner(process.returncode)}")
+        answer: dict[str, str] = json.loads(said)
+        return answer
+
+    async def end(self) -> None:
+        """End it, if it runs. What it has not committed by then it never will."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+def _manner(status: int | None) -> str:
+    return f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except NotInstalled as error:
+        raise Unusable(f"{error}: install iptables (1.8 or later)") from error
+    except ProgramError as error:
+        raise FirewallError(str(error)) from error
