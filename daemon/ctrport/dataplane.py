@@ -318,7 +318,8 @@ class Dataplane:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
         old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
         self._node = node
-        for before in (change.before for change in changes):
+        for change in changes:
+            before = change.before
             if before is not None and before.attachments:
                 its = owner_of(before)
                 old += self._rules(before)
@@ -328,7 +329,7 @@ class Dataplane:
                     self._behind[port].discard(its)
                     if not self._behind[port]:
                         del self._behind[port]
-                self._touched += _closed(before)
+                self._touched += _closed(before, change.after)
         for after in (change.after for change in changes):
             if after is not None and after.attachments:
                 new += self._rules(after)
@@ -437,8 +438,10 @@ def _opened(publications: Iterable[Publication]) -> list[Opened | Closed]:
     return [Opened(p.bound, attachment) for p in publications if p.bound for attachment in p.attachments]
 
 
-def _closed(publication: Publication) -> list[Opened | Closed]:
-    return [Closed(publication.bound, attachment) for attachment in publication.attachments if publication.bound]
+def _closed(before: Publication, after: Publication | None) -> list[Opened | Closed]:
+    """Return what is no longer served; what is served on as it was keeps its flows."""
+    kept = after.attachments if after is not None and after.bound == before.bound else ()
+    return [Closed(before.bound, each) for each in before.attachments if before.bound and each not in kept]
 
 
 def _records(rules: Iterable[Rule]) -> list[LocalnetRecord]:

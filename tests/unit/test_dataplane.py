@@ -329,6 +329,27 @@ def test_flows_are_looked_at_after_the_rules_and_once(ground: Ground) -> None:
     run(work)
 
 
+def test_what_is_served_on_keeps_its_flows_when_a_family_comes_or_goes(ground: Ground) -> None:
+    both = active("8080:80", "172.17.0.2", "fd00::2")
+    [here], [_, beside] = WEB.attachments, both.attachments
+
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], NODE)
+        for changes in (came(WEB), [Change(WEB, both)], [Change(both, WEB)]):
+            await dataplane.follow(changes, NODE)
+            await dataplane.drop_stale_flows()
+        opened = [Opened(WEB.mapping, here)]
+        assert ground.dropped == [
+            opened,
+            [*opened, Opened(WEB.mapping, beside)],
+            [Closed(WEB.mapping, beside), *opened],
+        ]
+
+    run(work)
+
+
 def test_the_flows_of_a_mapping_that_was_mended_are_looked_at_and_no_others(ground: Ground) -> None:
     async def work() -> None:
         dataplane = ground.dataplane()
