@@ -45,7 +45,7 @@ demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step
 bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 1 minute): make bench ROUNDS=30
 	@$(BIN)/python -m bench.bench --rounds $(ROUNDS)
 
-matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 2 minutes)
+matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 5 minutes)
 	@$(BIN)/python -m tests.matrix
 
 test: tools lint unit node  ## Check and test everything (as root, some minutes)
