@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
 
 from . import conntrack, hairpin, localnet
 from .conntrack import Closed, ConntrackError, Opened
@@ -48,7 +47,7 @@ class Transition:
     plans: Sequence[tuple[Firewall, Plan]]
     localnet_off: Sequence[str]
     localnet_on: Sequence[str]
-    hairpin_on: Sequence[str]
+    hairpin_on: Sequence[str] = ()
 
     def __bool__(self) -> bool:
         return any(plan for _, plan in self.plans) or bool(self.localnet_off or self.localnet_on or self.hairpin_on)
@@ -178,7 +177,8 @@ class Dataplane:
             off = [record.device for record in _records(difference.removed) if record.ours]
             on = [record.device for record in _records(difference.added)]
             active = [change.after for change in changes if change.after is not None]
-            await self._write(Transition(plans, off, on, self._hairpins_due(active)))
+            await self._write(Transition(plans, off, on))
+            self._switch_hairpins(self._hairpins_due(active))  # behind the rules: who calls from elsewhere is served
             self.in_line = True
         return len(difference.added)
 
@@ -191,6 +191,7 @@ class Dataplane:
         self.in_line = False
         transition = await self._transition()
         await self._write(transition)
+        self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
         added = [rule for _, plan in transition.plans for rule in plan.added]
         restored = dict.fromkeys(rule.owner for rule in added)
@@ -262,7 +263,6 @@ class Dataplane:
             await firewall.apply(plan)
         for device in transition.localnet_on:
             _switch(device, True)
-        self._switch_hairpins(transition.hairpin_on)
         self._release(self._vacated - self._active.keys())
         self._vacated.clear()
 
@@ -423,10 +423,7 @@ def _claim(publication: Publication) -> Claim:
     assert bound.host_ports is not None
     host_ip = None if bound.any_host_ip else bound.host_ip
     families = (Family.of(attachment.address) for attachment in publication.attachments)
-    return Claim(bound.protocol, bound.host_ports, tuple(host_ip or _ANY_ADDRESS[family] for family in families))
-
-
-_ANY_ADDRESS: dict[Family, Address] = {Family.IPV4: IPv4Address(0), Family.IPV6: IPv6Address(0)}
+    return Claim(bound.protocol, bound.host_ports, tuple(host_ip or family.unspecified for family in families))
 
 
 def _holder(held: Held) -> Holder:

@@ -43,6 +43,11 @@ class Family(enum.Enum):
         """Return the family an address or network belongs to."""
         return cls(address.version)
 
+    @property
+    def unspecified(self) -> Address:
+        """0.0.0.0 or ::, which stands for every address of the family."""
+        return IPv4Address(0) if self is Family.IPV4 else IPv6Address(0)
+
 
 class Protocol(str, enum.Enum):
     """A transport protocol that has ports, by the name that ``-p`` and iptables use."""

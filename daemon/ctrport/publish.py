@@ -106,7 +106,7 @@ class Publications:
 
     Tell it of containers with ``update``, of the node with ``learn`` and of sockets that hold ports with ``meet``;
     ``settle`` then returns what changed. ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8
-    may be published on. ``chosen`` are the host ports that an earlier run chose, by container and mapping.
+    may be published on.
     """
 
     def __init__(
@@ -116,7 +116,6 @@ class Publications:
         *,
         families: Sequence[Family] = tuple(Family),
         localhost: bool = True,
-        chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]] | None = None,
     ) -> None:
         self._declarations = tuple(declarations)
         self._facts = facts
@@ -133,7 +132,7 @@ class Publications:
         self._claims: dict[_Key, _Claim] = {}
         self._contest = Contest[_Key]()
         self._chosen: dict[_Key, PortRange] = {}
-        self._earlier = dict(chosen or {})
+        self._earlier: dict[tuple[ContainerKey, Mapping], Sequence[PortRange]] = {}
         self._ring = Ring()
         self._published: dict[_Key, Publication] = {}
         self._counts: Counter[State] = Counter()

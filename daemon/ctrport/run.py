@@ -15,8 +15,8 @@ from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
 from .firewall import Firewall, FirewallError
-from .firewall.detect import choose, families
-from .firewall.iptables_legacy import LegacyTables, existing
+from .firewall.detect import choose, families, legacy_tables
+from .firewall.iptables_legacy import LegacyTables
 from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
 from .hostports import Reservations, allow_sockets
@@ -54,7 +54,7 @@ async def firewalls(its: Layout, backend: str) -> dict[Family, Firewall]:
 async def every_firewall() -> list[Firewall]:
     """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
     nft = await firewalls(Layout(), NftCommands.name)
-    return [*nft.values(), *(Tables(LegacyTables(family), Layout()) for family in Family if existing(family))]
+    return [*nft.values(), *(Tables(LegacyTables(family), Layout()) for family in Family if legacy_tables(family))]
 
 
 async def run(config: Config, directory: Path) -> None:

@@ -17,7 +17,8 @@ from typing import TypeVar
 import pytest
 
 from ctrport.firewall import FirewallError, Unusable
-from ctrport.firewall.iptables_legacy import LegacyTables, existing
+from ctrport.firewall.detect import legacy_tables
+from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Plan, Remove
 from ctrport.firewall.tables import Tables
 from ctrport.firewall.text import arguments, restore_input
@@ -169,7 +170,7 @@ def test_no_table_is_made_by_reading(host: Host) -> None:
             await tables.read()
             assert await tables.holders() == []
             assert not any(await tables.plan_removal())
-            assert existing(kernel.family) == set()
+            assert legacy_tables(kernel.family) == set()
 
     run(host, kernels, work())
 
@@ -177,11 +178,11 @@ def test_no_table_is_made_by_reading(host: Host) -> None:
 def test_only_the_tables_that_are_written_are_made(host: Host) -> None:
     kernel = LegacyTables()
 
-    async def work() -> set[Table]:
+    async def work() -> set[str]:
         await kernel.restore(plan_of("DOCKER"))
-        return existing(Family.IPV4)
+        return legacy_tables(Family.IPV4)
 
-    assert run(host, [kernel], work()) == {Table.FILTER, Table.NAT}
+    assert run(host, [kernel], work()) == {"filter", "nat"}
     assert sorted(host.run("cat", "/proc/net/ip_tables_names").stdout.split()) == ["filter", "nat"]
 
 

@@ -183,7 +183,8 @@ def test_the_ports_of_an_earlier_run_are_had_again() -> None:
         (key("db"), ports.parse("8000-8003:81")): (PortRange(8002, 8002),),
         (key("web"), ports.parse("80")): (PortRange(999, 999),),
     }
-    publications = Publications([declaration("*", "80", "8000-8003:81")], FACTS, chosen=chosen)
+    publications = Publications([declaration("*", "80", "8000-8003:81")], FACTS)
+    publications.recover(chosen)
     for number, name in enumerate(["api", "db", "web"]):
         start(publications, name, started=number)
     publications.settle()

@@ -38,7 +38,7 @@ async def choose(asked: str) -> Choice:
         return Choice(asked, "firewall.backend says so")
     if await _hinted("iptables-nft-save"):
         return Choice("iptables-nft", "the kubelet writes nft tables")
-    if _legacy_mangle_exists() and await _hinted("iptables-legacy-save"):
+    if "mangle" in legacy_tables(Family.IPV4) and await _hinted("iptables-legacy-save"):
         return Choice("iptables-legacy", "the kubelet writes legacy tables")
     return Choice("iptables-nft", "no kubelet has left a hint")
 
@@ -62,15 +62,17 @@ async def families(backend: str) -> tuple[Family, ...]:
     return (Family.IPV4, Family.IPV6)
 
 
+def legacy_tables(family: Family) -> set[str]:
+    """Return the names of the legacy tables that there are, without making one by asking."""
+    name = "ip_tables_names" if family is Family.IPV4 else "ip6_tables_names"
+    try:
+        return set(Path(f"/proc/thread-self/net/{name}").read_text().split())
+    except OSError:
+        return set()  # the module is not loaded
+
+
 def _has_ipv6() -> bool:
     return Path("/proc/sys/net/ipv6").exists()
-
-
-def _legacy_mangle_exists() -> bool:
-    try:
-        return "mangle" in Path("/proc/net/ip_tables_names").read_text().split()
-    except OSError:
-        return False
 
 
 async def _hinted(program: str) -> bool:

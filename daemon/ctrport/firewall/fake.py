@@ -13,14 +13,9 @@ from collections.abc import Callable
 from ..model import Family
 from ..rules import Table
 from . import FirewallError
-from .plan import BUILT_IN, Plan
+from .plan import BUILT_IN, KERNEL_CHAINS, Plan
 from .text import listing, restore_input
 
-_KERNEL_CHAINS = {
-    Table.RAW: ("PREROUTING", "OUTPUT"),
-    Table.NAT: ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
-    Table.FILTER: ("INPUT", "FORWARD", "OUTPUT"),
-}
 Chains = dict[str, list[str]]
 
 
@@ -32,7 +27,7 @@ class MemoryKernel:
     def __init__(self, family: Family = Family.IPV4) -> None:
         self.family = family
         self.tables: dict[Table, Chains] = {
-            table: {chain: [] for chain in chains} for table, chains in _KERNEL_CHAINS.items()
+            table: {chain: [] for chain in chains} for table, chains in KERNEL_CHAINS.items()
         }
         self.restores: list[str] = []
         self.fail_next_restore: Callable[[Table], bool] | None = None

@@ -14,26 +14,21 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..model import Family
-from ..programs import NotInstalled, ProgramError, run
 from ..rules import Table
 from . import FirewallError, Unusable
+from .commands import command, failure
+from .detect import legacy_tables
 from .entries import commit, to_json
-from .plan import Plan
+from .plan import KERNEL_CHAINS, Plan
 
 #: Seconds until an answer has to be there: for the lock, and the writing itself.
 TIMEOUT = 30.0
 #: And for each operation, which takes the worker some ms where the machine is busy.
 TIMEOUT_EACH = 0.02
-
-_KERNEL_CHAINS = {
-    Table.RAW: ("PREROUTING", "OUTPUT"),
-    Table.NAT: ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
-    Table.FILTER: ("INPUT", "FORWARD", "OUTPUT"),
-}
 
 
 class LegacyTables:
@@ -74,13 +69,12 @@ class LegacyTables:
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
-        if table not in existing(self.family):
-            heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in _KERNEL_CHAINS[table])
+        if table not in legacy_tables(self.family):
+            heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in KERNEL_CHAINS[table])
             return f"*{table}\n{heads}COMMIT\n"
-        with _errors():
-            ended = await run(self._save, "-t", table.value, timeout=TIMEOUT)
+        ended = await command(self._save, "-t", table.value)
         if ended.status != 0:
-            raise FirewallError(f"the table {table} could not be listed: {' '.join(ended.err.split())}")
+            raise failure(f"the table {table} could not be listed", ended)
         return ended.out
 
     async def prepare(self) -> None:
@@ -105,16 +99,6 @@ class LegacyTables:
 
 def _request(plan: Plan, family: Family) -> str:
     return to_json(commit(block, family) for block in plan.blocks)
-
-
-def existing(family: Family) -> set[Table]:
-    """Return the legacy tables that there are, without making one by asking."""
-    name = "ip_tables_names" if family is Family.IPV4 else "ip6_tables_names"
-    try:
-        there = Path(f"/proc/thread-self/net/{name}").read_text().split()
-    except OSError:
-        return set()  # the module is not loaded
-    return {table for table in Table if table.value in there}
 
 
 class _Worker:
@@ -176,13 +160,3 @@ class _Worker:
 
 def _manner(status: int | None) -> str:
     return f"killed by signal {-status}" if status is not None and status < 0 else f"exit status {status}"
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except NotInstalled as error:
-        raise Unusable(f"{error}: install iptables (1.8 or later)") from error
-    except ProgramError as error:
-        raise FirewallError(str(error)) from error

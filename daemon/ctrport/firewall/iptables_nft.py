@@ -6,18 +6,12 @@ One process a write, whatever the size of the plan, and one for each chain that 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from ..model import Family
-from ..programs import Ended, NotInstalled, ProgramError, Ready, run
+from ..programs import Ready
 from ..rules import Table
-from . import FirewallError, Unusable
+from .commands import TIMEOUT, command, errors, failure
 from .plan import Plan
 from .text import restore_input
-
-#: Seconds a command may take before it is ended. 10,000 rules take 0.2 s.
-TIMEOUT = 30.0
 
 
 class NftCommands:
@@ -32,7 +26,7 @@ class NftCommands:
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """See ``Kernel.chain``."""
-        ended = await _run(self._program, "-t", table.value, "-S", chain)
+        ended = await command(self._program, "-t", table.value, "-S", chain)
         if ended.status == 0:
             return ended.out.splitlines()
         # "incompatible" is what 1.8.9 says of a chain that is not there. Where it really is, and there, nothing is lost
@@ -40,13 +34,13 @@ class NftCommands:
         absent = ("No chain/target/match by that name", f"chain `{chain}' in table `{table}' is incompatible")
         if any(words in ended.err for words in absent):
             return None
-        raise _error(f"the chain {chain} of the table {table} could not be listed", ended)
+        raise failure(f"the chain {chain} of the table {table} could not be listed", ended)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
-        ended = await _run(f"{self._program}-save", "-t", table.value)
+        ended = await command(f"{self._program}-save", "-t", table.value)
         if ended.status != 0:
-            raise _error(f"the table {table} could not be listed", ended)
+            raise failure(f"the table {table} could not be listed", ended)
         return ended.out
 
     async def prepare(self) -> None:
@@ -59,28 +53,7 @@ class NftCommands:
 
     async def restore(self, plan: Plan) -> None:
         """See ``Kernel.restore``."""
-        with _errors():
+        with errors():
             ended = await self._restore.run(timeout=TIMEOUT, input=restore_input(plan))
         if ended.status != 0:
-            raise _error("the rules could not be written", ended)
-
-
-async def _run(*argv: str) -> Ended:
-    with _errors():
-        return await run(*argv, timeout=TIMEOUT)
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except NotInstalled as error:
-        raise Unusable(f"{error}: install iptables (1.8 or later)") from error
-    except ProgramError as error:
-        raise FirewallError(str(error)) from error
-
-
-def _error(what: str, ended: Ended) -> FirewallError:
-    said = " ".join(line.strip() for line in ended.err.splitlines() if line.strip() and "Try `" not in line)
-    kind = Unusable if "Permission denied" in said or "Operation not permitted" in said else FirewallError
-    return kind(f"{what}: {said or f'exit status {ended.status}'}")
+            raise failure("the rules could not be written", ended)

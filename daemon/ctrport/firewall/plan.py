@@ -164,8 +164,13 @@ def plan_change(difference: Difference, ranks: Ranks) -> Plan:
     return Plan(draft.blocks(), {**ranks, **after})
 
 
-#: The kernel's own chains.
-BUILT_IN = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+#: The kernel's own chains of each table.
+KERNEL_CHAINS = {
+    Table.RAW: ("PREROUTING", "OUTPUT"),
+    Table.NAT: ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+    Table.FILTER: ("INPUT", "FORWARD", "OUTPUT"),
+}
+BUILT_IN = {chain for chains in KERNEL_CHAINS.values() for chain in chains}
 
 #: Jumps in FORWARD that mean that somebody decides there what pods may get: kube-proxy's, and policy agents'.
 POLICY_AGENTS = ("KUBE-", "cali-", "CILIUM_", "ANTREA-", "WEAVE-NPC")

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 
-from ..model import Address, Family, Holder, Mapping, PortRange, Protocol
+from ..model import Family, Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
 from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
@@ -78,9 +78,6 @@ _DESTINATION = re.compile(r"(?<!! )-d ([0-9a-f.:]+)(?:/32|/128)? ")
 _NAME = re.compile(r'--comment (?:"([A-Za-z0-9._/: -]{1,120})"|([A-Za-z0-9._/:-]{1,120}))(?= |$)')
 
 
-_ANY: dict[Family, Address] = {Family.IPV4: IPv4Address(0), Family.IPV6: IPv6Address(0)}
-
-
 def holders(chain: str, lines: Iterable[Line], family: Family) -> Iterator[Holder]:
     """Read out of a foreign chain which host ports it answers on, and for whom where a plain comment says so."""
     for line in lines:
@@ -92,7 +89,7 @@ def holders(chain: str, lines: Iterable[Line], family: Family) -> Iterator[Holde
         for ports in found[2].split(","):
             first, _, last = ports.partition(":")
             each = PortRange(int(first), int(last or first))
-            yield Holder(name, Mapping(ip_address(to[1]) if to else _ANY[family], each, each, Protocol(found[1])))
+            yield Holder(name, Mapping(ip_address(to[1]) if to else family.unspecified, each, each, Protocol(found[1])))
 
 
 def diff(plan: Plan, family: Family = Family.IPV4) -> list[str]:
