@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import conntrack, hairpin, localnet
 from .conntrack import Closed, ConntrackError, Opened
-from .firewall import Firewall, FirewallError
+from .firewall import Firewall, FirewallError, Refused
+from .firewall.drift import Drift, drift
 from .firewall.plan import Plan
-from .firewall.text import owner
+from .firewall.text import owner, tag
 from .hostports import Claim, Held, NotOnNode, Reservations
 from .listeners import UNKNOWN
 from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, NodeFacts, PortRange, Publication
@@ -160,36 +161,55 @@ class Dataplane:
         """Return what is to be said of an active publication's host ports; empty where they are reserved."""
         return self._remarks.get(owner_of(publication), "") if publication.bound is not None else ""
 
-    async def follow(self, changes: Sequence[Change], node: NodeFacts, *, mend: bool = False) -> int:
-        """Make the kernel hold what changed, in one transaction a family, and return how many rules that added.
+    async def follow(self, changes: Sequence[Change], node: NodeFacts, *, mend: bool = False) -> Drift:
+        """Make the kernel hold what changed, in one transaction a family.
 
         ``node`` is what is known of the node. With ``mend``, and after an error, what the kernel holds is read first,
-        and whatever it lacks is written.
+        and whatever it lacks is written. Return what of it had been in the kernel and was not as it should be.
         Raises ``FirewallError``.
         """
+        was_in_line = self.in_line
         difference = self._take_in(changes, node)
         self._give_up_unused()
-        if mend or not self.in_line:
-            return await self._mend()
-        if difference:
-            self.in_line = False
-            plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
-            off = [record.device for record in _records(difference.removed) if record.ours]
-            on = [record.device for record in _records(difference.added)]
-            active = [change.after for change in changes if change.after is not None]
+        if was_in_line and not mend and (not difference or await self._write_change(difference, changes)):
+            return Drift()
+        fresh = {record.device for record in _records(difference.added)}
+        off = tuple(device for device in self._localnet_ours if device not in fresh and localnet.is_off(device))
+        transition = await self._mend()
+        if not was_in_line:
+            return Drift()
+        removed = {tag(rule) for rule in difference.removed}
+        found = drift((plan for _, plan in transition.plans), set(difference.added), removed)
+        return replace(found, switches=off)
+
+    async def _write_change(self, difference: Difference, changes: Sequence[Change]) -> bool:
+        """Write a difference alone, and return whether that could be done: not in chains that are others by now."""
+        self.in_line = False
+        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
+        off = [record.device for record in _records(difference.removed) if record.ours]
+        on = [record.device for record in _records(difference.added)]
+        active = [change.after for change in changes if change.after is not None]
+        try:
             await self._write(Transition(plans, off, on))
-            self._switch_hairpins(self._hairpins_due(active))  # behind the rules: who calls from elsewhere is served
-            self.in_line = True
-        return len(difference.added)
+        except Refused as error:
+            log.info("%s; looking at what is there", error)
+            return False
+        self._switch_hairpins(self._hairpins_due(active))  # behind the rules: who calls from elsewhere is served
+        self.in_line = True
+        return True
+
+    def switched_off(self) -> bool:
+        """Whether somebody switched a device's ``route_localnet`` off that has to be on."""
+        return any(map(localnet.is_off, self._localnet_ours))
 
     async def preview(self, changes: Sequence[Change], node: NodeFacts) -> Transition:
         """Return what a mending ``follow`` would do, and do nothing. Raises ``FirewallError``."""
         self._take_in(changes, node)
-        return await self._transition()
+        return await self._transition(words=True)
 
-    async def _mend(self) -> int:
+    async def _mend(self) -> Transition:
         self.in_line = False
-        transition = await self._transition()
+        transition = await self._transition(words=False)
         await self._write(transition)
         self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
@@ -199,14 +219,14 @@ class Dataplane:
         removed = {owner(each) for _, plan in transition.plans for each in plan.removed_tags}
         self._touched += _vacated(sorted(removed), self._active.values())
         self._touched += _narrowed(self._active[its] for its in sorted(removed) if its in self._active)
-        return len(added)
+        return transition
 
-    async def _transition(self) -> Transition:
-        """Read what the kernel holds, and return what brings it in line."""
+    async def _transition(self, *, words: bool) -> Transition:
+        """Read what the kernel holds, and return what brings it in line; see ``Firewall.read`` for ``words``."""
         plans = []
         left_over: dict[str, LocalnetRecord] = {}
         for family, firewall in self._firewalls.items():
-            await firewall.read()
+            await firewall.read(words=words)
             left_over.update({record.device: record for record in firewall.localnet_records})
             plans.append((firewall, firewall.plan(rule for rule in self._wanted if rule.family is family)))
         wanted = _records(self._wanted)

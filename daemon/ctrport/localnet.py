@@ -19,6 +19,14 @@ def is_on(device: str) -> bool:
         return False
 
 
+def is_off(device: str) -> bool:
+    """Whether it is off for ``device``; False where there is no such device."""
+    try:
+        return _path(device).read_text().strip() == "0"
+    except FileNotFoundError:
+        return False
+
+
 def switch(device: str, on: bool) -> None:
     """Switch it for ``device``. A device that is gone took its switch along, which is no error."""
     try:

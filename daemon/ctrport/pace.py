@@ -21,3 +21,23 @@ class Pace:
     def wait(self, now: float) -> float:
         """Return how many seconds there are until the next turn, 0 where it may be taken at once."""
         return max(0.0, self._spent_until + self._interval - self._capacity - now)
+
+
+class Budget:
+    """Lets work take ``share`` of the time: at once while little was spent, ``most`` seconds of work ahead at the most.
+
+    Times are of one monotonic clock.
+    """
+
+    def __init__(self, share: float, most: float) -> None:
+        self._share = share
+        self._ahead = most / share
+        self._earned_at = 0.0  # when all that was spent will have been earned
+
+    def spend(self, now: float, seconds: float) -> None:
+        """Spend the seconds that work took."""
+        self._earned_at = max(self._earned_at, now) + seconds / self._share
+
+    def free_at(self) -> float:
+        """Return from when on there may be more work."""
+        return self._earned_at - self._ahead

@@ -8,7 +8,9 @@ written are taken together in the next: a burst is a few transactions.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -20,11 +22,14 @@ from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
 from .firewall import FirewallError
+from .firewall.alarm import Alarm
+from .firewall.drift import Drift
 from .model import ContainerKey, Publication, State
 from .pace import Pace
 from .publish import Change
 from .status import PublicationStatus, Status, networks, shown
 from .survey import Survey
+from .suspicion import Grounds, Suspicion
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,8 @@ TICKS_TO_RESYNC = 6
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
+#: Seconds until the same drift is told of again.
+TELL_AGAIN = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,18 @@ class Reconciler:
         survey: Survey,
         dataplane: Dataplane,
         on_change: Callable[[], None],
+        alarm: Alarm | None = None,
     ) -> None:
         self._config = config
         self._containerd = containerd
         self._survey = survey
         self._dataplane = dataplane
         self._on_change = on_change
+        self._alarm = alarm
+        self._suspicion = Suspicion()
+        self._looked_at = 0.0  # when the kernel was last seen to hold what it should
+        self._repairs = 0
+        self._last_repair, self._repair_told_at = "", 0.0
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
@@ -85,12 +98,13 @@ class Reconciler:
         """
         await self._dataplane.start()
         self._survey.publications.recover(self._dataplane.chosen)
-        watch = asyncio.create_task(self._watch_node())
+        watches = [asyncio.create_task(self._watch_node()), asyncio.create_task(self._watch_tables())]
         try:
             await self._run()
         finally:
-            watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
             await self._dataplane.close()
 
     async def _run(self) -> None:
@@ -121,6 +135,18 @@ class Reconciler:
         except OSError as error:
             log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
 
+    async def _watch_tables(self) -> None:
+        if self._alarm is None:
+            return
+        try:
+            async for writer in self._alarm:
+                self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
+                self._wake.set()
+        except OSError as error:
+            log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
+        finally:
+            self._alarm.close()
+
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
             async for event in events:
@@ -144,7 +170,8 @@ class Reconciler:
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
-            if await self._woken(next_tick if self._dataplane.in_line else min(next_tick, self._retry_at)):
+            await self._woken(min(next_tick, self._due_at()))
+            if self._dirty or self._node_changed:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
                 if self._node_changed:
                     self._node_changed = False
@@ -155,19 +182,23 @@ class Reconciler:
             elif time.monotonic() >= next_tick:
                 ticks, next_tick = ticks + 1, time.monotonic() + TICK
                 await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
-            else:
-                await self._settle()
+            elif time.monotonic() >= self._due_at():
+                await self._settle(mend=True)
             await self._dataplane.prepare()
         await reader
 
-    async def _woken(self, until: float) -> bool:
-        """Wait for an event; False where none came until then, by the monotonic clock."""
-        try:
+    async def _woken(self, until: float) -> None:
+        """Wait for anything that is worth a look, or until then by the monotonic clock."""
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._wake.wait(), max(0.0, until - time.monotonic()))
-        except asyncio.TimeoutError:
-            return False
         self._wake.clear()
-        return True
+
+    def _due_at(self) -> float:
+        """Return when the kernel is to be read: for what others wrote, or as writing failed."""
+        if not self._dataplane.in_line:
+            return self._retry_at
+        due = self._suspicion.due()
+        return math.inf if due is None else due
 
     async def _tick(self, everything: bool) -> None:
         await self._containerd.version()  # the event stream of a containerd that hangs is silent, and says no error
@@ -179,23 +210,28 @@ class Reconciler:
         publications = self._survey.publications
         taken = self._dataplane.reserve_again() if everything else []
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
-        await self._settle(mend=everything)
+        await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
+            began, grounds = time.monotonic(), self._suspicion.begin() if mend else Grounds()
             try:
-                added = await self._dataplane.follow(changes, self._survey.facts, mend=mend)
+                drift = await self._dataplane.follow(changes, self._survey.facts, mend=mend)
             except FirewallError as error:
                 self._failed(error)
             else:
-                if mend and was_in_line and added and not changes:
-                    log.warning("drift: %d rules of ours were missing and are back", added)
+                if drift:
+                    self._repaired(drift, grounds)
+                if mend:
+                    self._looked_at = time.monotonic()
                 if self._problem:
                     log.info("the kernel is in line again")
                 self._problem, self._retry_after = "", RETRY
+            if grounds.since is not None:
+                self._suspicion.end(began, time.monotonic())
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
         for change in changes:
@@ -213,6 +249,18 @@ class Reconciler:
         while (held := self._dataplane.reserve(publications.decide())) and publications.meet_also(held):
             pass
         return publications.settle()
+
+    def _repaired(self, drift: Drift, grounds: Grounds) -> None:
+        """Say what others had done to ours, and for how long; once, where they do it again and again."""
+        now = time.monotonic()
+        by = f", by {' or '.join(grounds.writers)}" if grounds.writers else ""
+        gone = f"{(now - grounds.since) * 1000:.0f} ms" if grounds.since else f"at most {now - self._looked_at:.0f} s"
+        again = self._last_repair.startswith(f"{drift}{by}") and now < self._repair_told_at + TELL_AGAIN
+        self._repairs += 1
+        self._last_repair = f"{drift}{by}; repaired after {gone}"
+        if not again:
+            self._repair_told_at = now
+            log.warning("drift: %s", self._last_repair)
 
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
@@ -267,6 +315,8 @@ class Reconciler:
             firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
+            repairs=self._repairs,
+            last_repair=self._last_repair,
             publications=[self._shown(publication) for publication in self._survey.publications],
             networks=networks(self._survey.facts, self._survey.amiss),
         )

@@ -15,6 +15,7 @@ from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
 from .firewall import Firewall, FirewallError
+from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
 from .firewall.detect import choose, families, legacy_tables
 from .firewall.iptables_legacy import LegacyTables
 from .firewall.iptables_nft import NftCommands
@@ -45,10 +46,24 @@ def layout(config: Config) -> Layout:
     )
 
 
-async def firewalls(its: Layout, backend: str) -> dict[Family, Firewall]:
-    """Return what writes the rules of each family that can be served on this node."""
-    kernel = LegacyTables if backend == LegacyTables.name else NftCommands
-    return {family: Tables(kernel(family), its) for family in await families(backend)}
+async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> dict[Family, Firewall]:
+    """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it."""
+    served = await families(backend)
+    if backend == LegacyTables.name:
+        return {family: Tables(LegacyTables(family), its) for family in served}
+    announce = alarm.disregard if alarm is not None else lambda _: None
+    return {family: Tables(NftCommands(family, announce), its) for family in served}
+
+
+def _alarm(backend: str) -> Alarm | None:
+    """Return what tells when others write, None where nothing does."""
+    if backend == LegacyTables.name:
+        return LegacyAlarm(Family)
+    try:
+        return NftAlarm()
+    except OSError as error:
+        log.warning("what others do to our rules is seen once a minute only: %s", error.strerror)
+        return None
 
 
 async def every_firewall() -> list[Firewall]:
@@ -69,7 +84,8 @@ async def run(config: Config, directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
     shape = layout(config)
-    its = await firewalls(shape, choice.backend)
+    alarm = _alarm(choice.backend)
+    its = await firewalls(shape, choice.backend, alarm)
     changed = asyncio.Event()
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
     limit = allow_sockets(2 * config.firewall.reserve_limit) // 2
@@ -78,7 +94,7 @@ async def run(config: Config, directory: Path) -> None:
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
         survey = Survey(config, containerd, endpoints, its)
         reservations = Reservations(limit, survey.container_of)
-        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape, reservations), changed.set)
+        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape, reservations), changed.set, alarm)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),

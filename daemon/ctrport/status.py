@@ -84,7 +84,10 @@ class NetworkStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """All that the daemon says: of itself, and of each publication. Times are ISO 8601 in UTC."""
+    """All that the daemon says: of itself, and of each publication. Times are ISO 8601 in UTC.
+
+    ``repairs`` counts how often others had changed rules of ours, ``last_repair`` says what, who, and for how long.
+    """
 
     version: str
     running: bool
@@ -94,6 +97,8 @@ class Status:
     firewall: str
     events: int = 0
     transactions: int = 0
+    repairs: int = 0
+    last_repair: str = ""
     publications: list[PublicationStatus] = field(default_factory=list)
     networks: list[NetworkStatus] = field(default_factory=list)
 

@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 
 import pytest
 
-from ctrport.firewall import FirewallError, ForeignChain
-from ctrport.firewall.plan import Add, Block, Line, New, Plan
+from ctrport.firewall import FirewallError, ForeignChain, Refused
+from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan
 from ctrport.firewall.tables import Kernel, Tables
 from ctrport.firewall.text import TAG, listing, saved, tag
 from ctrport.model import Family, Publication
@@ -58,9 +58,9 @@ def wanted(family: Family, publications: Iterable[Publication] = ALL, layout: La
     return [rule for rule in rules if rule.family is family]
 
 
-async def fit(kernel: Kernel, rules: Iterable[Rule], layout: Layout = LAYOUT) -> Plan:
+async def fit(kernel: Kernel, rules: Iterable[Rule], layout: Layout = LAYOUT, *, words: bool = True) -> Plan:
     tables = Tables(kernel, layout)
-    await tables.read()
+    await tables.read(words=words)
     plan = tables.plan(rules)
     await tables.apply(plan)
     return plan
@@ -127,6 +127,52 @@ class FirewallContract:
             for table, chain in (*LAYOUT.own_chains, *LAYOUT.kernel_chains):
                 whole = saved(await kernel.table(table))
                 assert whole[chain] == await lines(kernel, table, chain)
+
+        run(work())
+
+    def test_a_glance_sees_what_a_listing_does(self, kernel: Kernel, run: Run, operator: Operator) -> None:
+        operator(Table.FILTER, "-N KUBE-FORWARD")
+        operator(Table.FILTER, '-A FORWARD -m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD')
+        operator(Table.FILTER, "-A FORWARD -i lo -g KUBE-FORWARD")
+        operator(Table.FILTER, "-A FORWARD -i lo -j DROP")
+        operator(Table.FILTER, "-A KUBE-FORWARD -i lo -j RETURN")
+        operator(Table.FILTER, "-A KUBE-FORWARD -i lo")
+        operator(Table.NAT, '-A POSTROUTING -o lo -m comment --comment "not ours" -j MASQUERADE')
+        others = [(Table.FILTER, "KUBE-FORWARD"), (Table.RAW, "DOCKER"), (Table.FILTER, "ABSENT")]
+
+        async def work() -> None:
+            await fit(kernel, wanted(kernel.family))
+            for table, chain in (*LAYOUT.own_chains, *LAYOUT.kernel_chains, *others):
+                listed, seen = await kernel.chain(table, chain), await kernel.glance(table, chain)
+                if listed is None or seen is None:
+                    assert listed is None
+                    assert seen is None
+                    continue
+                known = listing(listed)
+                assert [line.tag for line in seen] == [line.tag for line in known]
+                assert {line.chain for line in seen} <= {chain}
+                if chain in BUILT_IN or (table, chain) in others:
+                    assert [line.target for line in seen] == [line.target for line in known]
+
+        run(work())
+
+    def test_a_change_of_what_is_there_no_more_is_refused(self, kernel: Kernel, run: Run, operator: Operator) -> None:
+        its = [rule for rule in rules_for(ALL[0], LAYOUT) if rule.family is kernel.family]
+
+        async def work() -> None:
+            rules = Ruleset(wanted(kernel.family, ()))
+            tables = Tables(kernel, LAYOUT)
+            await tables.read()
+            await tables.apply(tables.plan(rules))
+            operator(Table.NAT, "-F PREROUTING")
+            operator(Table.NAT, "-F OUTPUT")
+            operator(Table.NAT, "-F DOCKER")
+            operator(Table.NAT, "-X DOCKER")
+            plan = tables.plan_change(rules.replace((), its))
+            with pytest.raises(Refused):
+                await tables.apply(plan)
+            await fit(kernel, rules, words=False)
+            assert not await fit(kernel, rules)
 
         run(work())
 
@@ -218,7 +264,7 @@ class FirewallContract:
         run(work())
 
     @pytest.mark.parametrize(
-        "words",
+        "writes",
         [
             ["-N DOCKER", "-A DOCKER -i docker0 -j RETURN"],
             ["-N DOCKER", '-A DOCKER -i docker0 -m comment --comment "an operator of ctrport" -j RETURN'],
@@ -226,9 +272,9 @@ class FirewallContract:
         ],
     )
     def test_somebody_elses_chain_is_refused_untouched(
-        self, kernel: Kernel, run: Run, operator: Operator, words: Sequence[str]
+        self, kernel: Kernel, run: Run, operator: Operator, writes: Sequence[str]
     ) -> None:
-        for each in words:
+        for each in writes:
             operator(Table.NAT, each)
 
         async def work() -> None:
@@ -285,28 +331,44 @@ class FirewallContract:
             [(Table.NAT, "-F PREROUTING"), (Table.NAT, "-F OUTPUT"), (Table.NAT, "-F POSTROUTING")],
         ],
     )
+    @pytest.mark.parametrize("words", [False, True])
     def test_drift_is_mended(
-        self, kernel: Kernel, run: Run, operator: Operator, drift: Sequence[tuple[Table, str]]
+        self, kernel: Kernel, run: Run, operator: Operator, drift: Sequence[tuple[Table, str]], words: bool
     ) -> None:
         run(_all(fit(kernel, wanted(kernel.family))))
-        for table, words in drift:
-            operator(table, words)
+        for table, write in drift:
+            operator(table, write)
 
         async def work() -> None:
-            assert await fit(kernel, wanted(kernel.family))
-            assert not await fit(kernel, wanted(kernel.family))
+            assert await fit(kernel, wanted(kernel.family), words=words)
+            assert not await fit(kernel, wanted(kernel.family), words=not words)
 
         run(work())
 
-    def test_a_rule_that_stands_twice_stands_once_again(self, kernel: Kernel, run: Run) -> None:
+    @pytest.mark.parametrize("words", [False, True])
+    def test_a_rule_that_stands_twice_stands_once_again(self, kernel: Kernel, run: Run, words: bool) -> None:
         twice = next(rule for rule in wanted(kernel.family) if rule.chain == "DOCKER" and rule.table is Table.NAT)
         jump = next(rule for rule in wanted(kernel.family) if rule.chain == "OUTPUT")
 
         async def work() -> None:
             await fit(kernel, wanted(kernel.family))
             await kernel.restore(Plan((Block(Table.NAT, (Add(twice, None), Add(jump, 1))),)))
-            assert await fit(kernel, wanted(kernel.family))
+            assert await fit(kernel, wanted(kernel.family), words=words)
             assert not await fit(kernel, wanted(kernel.family))
+
+        run(work())
+
+    def test_what_nobody_asks_for_any_more_goes(self, kernel: Kernel, run: Run) -> None:
+        async def work() -> None:
+            await fit(kernel, wanted(kernel.family))
+            assert await fit(kernel, wanted(kernel.family, ALL[:2]), words=False)
+            assert not await fit(kernel, wanted(kernel.family, ALL[:2]))
+            # In a chain that is written anew as well.
+            await fit(kernel, wanted(kernel.family))
+            twice = next(rule for rule in wanted(kernel.family) if rule.chain == "DOCKER" and rule.table is Table.NAT)
+            await kernel.restore(Plan((Block(Table.NAT, (Add(twice, None),)),)))
+            assert await fit(kernel, wanted(kernel.family, ALL[3:]), words=False)
+            assert not await fit(kernel, wanted(kernel.family, ALL[3:]))
 
         run(work())
 
@@ -320,7 +382,7 @@ class FirewallContract:
             order = [line.target for line in await lines(kernel, Table.FILTER, "FORWARD")]
             assert order == ["DOCKER-USER", "KUBE-FORWARD", "DROP", "DOCKER-FORWARD"]
             first = Layout(position=Place.FIRST)
-            await fit(kernel, wanted(kernel.family, layout=first), first)
+            await fit(kernel, wanted(kernel.family, layout=first), first, words=False)
             order = [line.target for line in await lines(kernel, Table.FILTER, "FORWARD")]
             assert order == ["DOCKER-USER", "DOCKER-FORWARD", "KUBE-FORWARD", "DROP"]
 

@@ -25,6 +25,10 @@ class Unusable(FirewallError):
     """It cannot work at all on this machine as it is: the program is missing, or it may not do it."""
 
 
+class Refused(FirewallError):
+    """What was to be written does not go with what is there: somebody else changed it since it was looked at."""
+
+
 class ForeignChain(FirewallError):
     """A chain of the name we would use holds somebody else's rules. It was not touched."""
 
@@ -34,8 +38,11 @@ class Firewall(Protocol):
 
     name: str
 
-    async def read(self) -> None:
+    async def read(self, *, words: bool = True) -> None:
         """Look at what the kernel holds: our chains, and the kernel chains that we jump from.
+
+        Without ``words`` it is quicker, where the kernel tells in another way whose each rule is. A plan is then
+        applied like any other, but does not show in full what it removes.
 
         Raises ``ForeignChain``, ``Unusable``, or another ``FirewallError``.
         """

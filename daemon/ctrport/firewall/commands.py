@@ -29,8 +29,11 @@ def errors() -> Iterator[None]:
         raise FirewallError(str(error)) from error
 
 
-def failure(what: str, ended: Ended) -> FirewallError:
-    """Return what to raise for a command that ended badly: ``what`` failed, and what the command said of it."""
+def failure(what: str, ended: Ended, kind: type[FirewallError] = FirewallError) -> FirewallError:
+    """Return what to raise for a command that ended badly: ``what`` failed, and what the command said of it.
+
+    It is of ``kind``, or ``Unusable`` where the command may not do it.
+    """
     said = " ".join(line.strip() for line in ended.err.splitlines() if line.strip() and "Try `" not in line)
-    kind = Unusable if "Permission denied" in said or "Operation not permitted" in said else FirewallError
-    return kind(f"{what}: {said or f'exit status {ended.status}'}")
+    forbidden = "Permission denied" in said or "Operation not permitted" in said
+    return (Unusable if forbidden else kind)(f"{what}: {said or f'exit status {ended.status}'}")

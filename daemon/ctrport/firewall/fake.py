@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from ..model import Family
 from ..rules import Table
-from . import FirewallError
-from .plan import BUILT_IN, KERNEL_CHAINS, Plan
+from . import FirewallError, Refused
+from .plan import BUILT_IN, KERNEL_CHAINS, Line, Plan
 from .text import listing, restore_input
 
 Chains = dict[str, list[str]]
@@ -39,6 +39,11 @@ class MemoryKernel:
             return None
         head = f"-P {chain} ACCEPT" if chain in BUILT_IN else f"-N {chain}"
         return [head, *(f"-A {chain} {rule}" for rule in rules)]
+
+    async def glance(self, table: Table, chain: str) -> list[Line] | None:
+        """See ``Kernel.glance``: with all words."""
+        lines = await self.chain(table, chain)
+        return None if lines is None else listing(lines)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
@@ -77,31 +82,31 @@ def _carry_out(line: str, chains: Chains) -> None:
         return
     if verb == "-N":
         if chain in chains:
-            raise FirewallError(f"{line}: chain already exists")
+            raise Refused(f"{line}: chain already exists")
         chains[chain] = []
         return
     if chain not in chains:
-        raise FirewallError(f"{line}: no chain by that name")
+        raise Refused(f"{line}: no chain by that name")
     match verb:
         case "-A":
             chains[chain].append(rule)
         case "-I":
             position, _, rule = rule.partition(" ")
             if not 1 <= int(position) <= len(chains[chain]) + 1:
-                raise FirewallError(f"{line}: index of insertion too big")
+                raise Refused(f"{line}: index of insertion too big")
             chains[chain].insert(int(position) - 1, rule)
         case "-D":
             if rule not in chains[chain]:
-                raise FirewallError(f"{line}: no such rule")
+                raise Refused(f"{line}: no such rule")
             chains[chain].remove(rule)
         case "-F":
             chains[chain].clear()
         case "-X":
             if chains[chain]:
-                raise FirewallError(f"{line}: chain is not empty")
+                raise Refused(f"{line}: chain is not empty")
             del chains[chain]
         case _:
-            raise FirewallError(f"{line}: not understood")
+            raise Refused(f"{line}: not understood")
 
 
 def _check_jumps(chains: Chains) -> None:
@@ -110,7 +115,7 @@ def _check_jumps(chains: Chains) -> None:
         for line in listing(f"-A {chain} {rule}" for rule in rules):
             target = line.target
             if target and target not in chains and target not in _TARGETS:
-                raise FirewallError(f"-A {chain} ...: no chain or target {target}")
+                raise Refused(f"-A {chain} ...: no chain or target {target}")
 
 
 _TARGETS = {"ACCEPT", "DROP", "RETURN", "REJECT", "DNAT", "SNAT", "MASQUERADE", "MARK", "LOG"}

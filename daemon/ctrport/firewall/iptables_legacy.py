@@ -19,11 +19,12 @@ from pathlib import Path
 
 from ..model import Family
 from ..rules import Table
-from . import FirewallError, Unusable
+from . import FirewallError, Refused, Unusable
 from .commands import command, failure
 from .detect import legacy_tables
 from .entries import commit, to_json
-from .plan import KERNEL_CHAINS, Plan
+from .plan import KERNEL_CHAINS, Line, Plan
+from .text import listing
 
 #: Seconds until an answer has to be there: for the lock, and the writing itself.
 TIMEOUT = 30.0
@@ -67,6 +68,11 @@ class LegacyTables:
         del self._reads[table]
         return await self.table(table)
 
+    async def glance(self, table: Table, chain: str) -> list[Line] | None:
+        """See ``Kernel.glance``: with all words."""
+        lines = await self.chain(table, chain)
+        return None if lines is None else listing(lines)
+
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
         if table not in legacy_tables(self.family):
@@ -93,7 +99,7 @@ class LegacyTables:
         operations = sum(len(block.ops) for block in plan.blocks)
         answer = await self._worker.ask(request, self._timeout + TIMEOUT_EACH * operations)
         if answer["error"]:
-            kind = Unusable if answer["unusable"] else FirewallError
+            kind = Unusable if answer["unusable"] else Refused
             raise kind(f"the rules could not be written: {answer['error']}")
 
 

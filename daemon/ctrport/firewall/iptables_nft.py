@@ -1,26 +1,39 @@
 """The tables as the commands iptables-nft and ip6tables-nft reach them (iptables over nf_tables).
 
-One process a write, whatever the size of the plan, and one for each chain that is listed. The text that is written is
-``text.restore_input`` of a plan and nothing else.
+One process a write, whatever the size of the plan, and one for each chain that is listed; a glance takes none, as it
+asks nf_tables itself. The text that is written is ``text.restore_input`` of a plan and nothing else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import socket
+from collections.abc import Callable
+
 from ..model import Family
+from ..nfnetlink import NfTables, comment, target
+from ..nlmsg import Interrupted
 from ..programs import Ready
 from ..rules import Table
+from . import FirewallError, Refused, Unusable
 from .commands import TIMEOUT, command, errors, failure
-from .plan import Plan
-from .text import restore_input
+from .plan import BUILT_IN, Line, Plan
+from .text import TAG, restore_input
 
 
 class NftCommands:
-    """Implements ``Kernel`` with the commands of iptables."""
+    """Implements ``Kernel`` with the commands of iptables.
+
+    ``announce`` is told of each process that is about to write.
+    """
 
     name = "iptables-nft"
 
-    def __init__(self, family: Family = Family.IPV4) -> None:
+    def __init__(self, family: Family = Family.IPV4, announce: Callable[[int], None] = lambda _: None) -> None:
         self.family = family
+        self._announce = announce
+        self._domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
         self._program = "iptables-nft" if family is Family.IPV4 else "ip6tables-nft"
         self._restore = Ready(f"{self._program}-restore", "--noflush")
 
@@ -35,6 +48,27 @@ class NftCommands:
         if any(words in ended.err for words in absent):
             return None
         raise failure(f"the chain {chain} of the table {table} could not be listed", ended)
+
+    async def glance(self, table: Table, chain: str) -> list[Line] | None:
+        """See ``Kernel.glance``: of our rules with the comment alone, of others with the target alone."""
+        try:
+            with contextlib.closing(NfTables()) as tables:
+                rules = tables.rules(self._domain, table.value, chain)
+        except Interrupted as error:
+            raise FirewallError(f"the chain {chain} of the table {table} changes all the time") from error
+        except OSError as error:
+            kind = Unusable if error.errno in (errno.EPERM, errno.EACCES) else FirewallError
+            raise kind(f"the chain {chain} of the table {table} could not be looked at: {error.strerror}") from error
+        if rules is None:
+            return [] if chain in BUILT_IN else None  # nf_tables has no chains of its own, iptables always has
+        return [self._line(chain, rule) for rule in rules]
+
+    def _line(self, chain: str, rule: bytes) -> Line:
+        its = comment(rule)
+        ours = its if its is not None and TAG.fullmatch(its) else None
+        # Where a rule goes takes ten times as long to find out, and of ours in a chain of ours it is known.
+        goes = f" -j {target(rule)}" if ours is None or chain in BUILT_IN else ""
+        return Line(f"-A {chain}{goes}", ours, abridged=True)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
@@ -54,6 +88,10 @@ class NftCommands:
     async def restore(self, plan: Plan) -> None:
         """See ``Kernel.restore``."""
         with errors():
+            await self._restore.prepare()
+            writer = self._restore.waiting()
+            if writer is not None:
+                self._announce(writer)
             ended = await self._restore.run(timeout=TIMEOUT, input=restore_input(plan))
         if ended.status != 0:
-            raise failure("the rules could not be written", ended)
+            raise failure("the rules could not be written", ended, Refused)

@@ -10,9 +10,9 @@ that differ are written, so the others keep their counters. In a kernel chain no
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ..rules import USER_CHAIN, Difference, Jump, Place, Rule, Table
@@ -23,10 +23,19 @@ Ranks = Mapping[ChainKey, Mapping[int, int]]  # of each chain of ours: how many 
 
 @dataclass(frozen=True)
 class Line:
-    """One rule as the kernel lists it: ``text`` in iptables' words (``-A CHAIN ...``), ``tag`` where it is ours."""
+    """One rule as the kernel lists it: ``text`` in iptables' words (``-A CHAIN ...``), ``tag`` where it is ours.
+
+    An ``abridged`` text has the chain, the comment and the target, and is not enough to say which rule is to go.
+    """
 
     text: str
     tag: str | None
+    abridged: bool = False
+
+    @property
+    def chain(self) -> str:
+        """The chain that it stands in."""
+        return self.text.split(" ", 2)[1]
 
     @property
     def target(self) -> str:
@@ -211,7 +220,9 @@ class _Draft:
             if wanted:
                 self.create[table].append(New(chain) if lines is None else Empty(chain))
                 self.add[table] += [Add(rule, None) for rule in wanted]
-                # What leaves goes in its turn: until nat is written, something may still be translated to it.
+            if wanted and table is Table.FILTER:
+                # What leaves goes in its turn: until nat is written, something may still be translated to it. (In one
+                # commit iptables-nft removes nothing that it adds to a chain that it empties.)
                 self.add[table] += [Add(line, None) for line in stale]
                 self.remove[table] += [Remove(chain, line) for line in stale]
             return
@@ -304,6 +315,39 @@ def plan_sweep(held: Mapping[ChainKey, Sequence[Line]], keep: Container[ChainKey
     others = {key: lines for key, lines in held.items() if key not in keep and key[1] not in {*BUILT_IN, USER_CHAIN}}
     blocks = (block for plan in plan_removal(others) for block in plan.blocks)
     return Plan(tuple(blocks))
+
+
+def abridged(plan: Plan) -> list[ChainKey]:
+    """Return the chains of which ``plan`` has rules whose words are not known."""
+    ops = ((block.table, op) for block in plan.blocks for op in block.ops)
+    return list(dict.fromkeys((table, line.chain) for table, op in ops if (line := _abridged(op)) is not None))
+
+
+def spell(plan: Plan, listed: Mapping[ChainKey, Sequence[Line]]) -> Plan:
+    """Return ``plan`` with the words that ``listed`` has for its abridged rules; without those that are gone by now."""
+    words: dict[tuple[ChainKey, str | None], deque[Line]] = {}
+    for key, lines in listed.items():
+        for line in lines:
+            words.setdefault((key, line.tag), deque()).append(line)
+    blocks = []
+    for block in plan.blocks:
+        ops: list[Op] = []
+        for op in block.ops:
+            short = _abridged(op)
+            known = words.get(((block.table, short.chain), short.tag), ()) if short is not None else ()
+            if short is None:
+                ops.append(op)
+            elif known and isinstance(op, Add):
+                ops.append(replace(op, rule=known[0]))  # put back as it is, and removed in its turn
+            elif known and isinstance(op, Remove):
+                ops.append(replace(op, rule=known.popleft()))  # each of those that stand there twice
+        blocks.append(Block(block.table, tuple(ops)))
+    return Plan(tuple(block for block in blocks if block.ops), plan.ranks)
+
+
+def _abridged(op: Op) -> Line | None:
+    line = op.rule if isinstance(op, (Add, Remove)) else None
+    return line if isinstance(line, Line) and line.abridged else None
 
 
 def _jumps(chains: Mapping[str, Sequence[Line]], chain: str) -> bool:

@@ -14,7 +14,7 @@ from ..model import Family, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import FirewallError, ForeignChain
-from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
+from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
 from .text import holders, listing, owner, saved, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
@@ -29,6 +29,10 @@ class Kernel(Protocol):
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """Return one chain as ``iptables -S CHAIN`` prints it, a line an item; None where there is no such chain."""
+        ...
+
+    async def glance(self, table: Table, chain: str) -> list[Line] | None:
+        """Return the rules of one chain as quickly as can be, perhaps abridged; None where there is no such chain."""
         ...
 
     async def table(self, table: Table) -> str:
@@ -60,12 +64,17 @@ class Tables:
         self._records: tuple[LocalnetRecord, ...] = ()
         self._chosen: tuple[Owner, ...] = ()
 
-    async def read(self) -> None:
-        """See ``Firewall.read``. Lists a chain at a time: the cost does not depend on what others have."""
+    async def read(self, *, words: bool = True) -> None:
+        """See ``Firewall.read``. Looks at a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
-        answers = await asyncio.gather(*(self._kernel.chain(table, chain) for table, chain in keys))
-        held = {key: None if lines is None else listing(lines) for key, lines in zip(keys, answers, strict=True)}
-        self._refuse_foreign(held)
+        look = self._listed if words else self._kernel.glance
+        answers = await asyncio.gather(*(look(table, chain) for table, chain in keys))
+        held = dict(zip(keys, answers, strict=True))
+        foreign = self._foreign(held)
+        if foreign is not None and not words:
+            return await self.read()  # to say which it is, or to see that it is none
+        if foreign is not None:
+            raise foreign
         self._records = _localnet_records([*held.values(), *await self._former(held)])
         self._chosen = _chosen(held[Table.NAT, self._layout.chain] or ())
         self._held, self._ranks = held, None
@@ -96,7 +105,7 @@ class Tables:
         """See ``Firewall.apply``."""
         self._held, self._ranks = None, None
         if plan:
-            await self._kernel.restore(plan)
+            await self._kernel.restore(await self._spelled(plan))
         self._ranks = plan.ranks
 
     async def holders(self) -> list[Holder]:
@@ -132,14 +141,26 @@ class Tables:
         tables = zip(Table, map(saved, texts), strict=True)
         return {(table, chain): lines for table, chains in tables for chain, lines in chains.items()}
 
+    async def _listed(self, table: Table, chain: str) -> list[Line] | None:
+        lines = await self._kernel.chain(table, chain)
+        return None if lines is None else listing(lines)
+
+    async def _spelled(self, plan: Plan) -> Plan:
+        """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
+        keys = abridged(plan)
+        if not keys:
+            return plan
+        answers = await asyncio.gather(*(self._listed(table, chain) for table, chain in keys))
+        return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
+
     async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
         """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
         lines = held[Table.NAT, "POSTROUTING"] or []
         names = {line.target for line in lines if line.tag is not None} - {"", self._layout.postrouting}
-        return [listing(await self._kernel.chain(Table.NAT, name) or ()) for name in sorted(names)]
+        return [await self._kernel.glance(Table.NAT, name) or [] for name in sorted(names)]
 
-    def _refuse_foreign(self, held: dict[ChainKey, list[Line] | None]) -> None:
-        """Raise ``ForeignChain`` where a chain of our name is somebody else's.
+    def _foreign(self, held: dict[ChainKey, list[Line] | None]) -> ForeignChain | None:
+        """Return what to raise where a chain of our name is somebody else's.
 
         It is where it holds a rule without our tag, or where it is empty and others jump to it: a running dockerd's
         DOCKER may hold nothing. An empty one that nobody uses is what a flush left of ours.
@@ -152,10 +173,11 @@ class Tables:
                 jumps = (line for lines in kernel for line in lines)
                 foreign = next((line for line in jumps if line.tag is None and line.target == chain), None)
             if foreign is not None:
-                raise ForeignChain(
+                return ForeignChain(
                     f"the chain {chain} of the table {table} is somebody else's ({foreign.text!r}): "
                     "it is left alone. Set firewall.chain to another name, such as CTRPORT"
                 )
+        return None
 
 
 def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetRecord, ...]:

@@ -1,0 +1,59 @@
+"""Others wrote into the kernel's tables: when to look whether ours is still there, and whom to name if it is not.
+
+A look costs as much as there is of ours, and a neighbour may write every second, so what looking may take is bounded.
+Pure: the time is told, never read; times are of one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .pace import Budget
+
+#: Seconds from the first write to the look: who commits table by table is through by then, and who starts a container
+#: has its network set up before there is a container to publish.
+PATIENCE = 0.01
+#: How much of the time looking may take, and how many seconds of it may be taken ahead.
+SHARE, AHEAD = 0.01, 0.5
+#: How many writers are remembered by name.
+NAMED = 4
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What a look is for: since when, None where nobody was seen to write, and who wrote since then."""
+
+    since: float | None = None
+    writers: tuple[str, ...] = ()
+
+
+class Suspicion:
+    """What was told of others' writes since the last look."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._writers: dict[str, None] = {}
+        self._budget = Budget(SHARE, AHEAD)
+
+    def tell(self, writer: str, now: float) -> None:
+        """Take in that somebody wrote; ``writer`` is empty where it is not known who."""
+        if self._since is None:
+            self._since = now
+        if writer and len(self._writers) < NAMED:
+            self._writers[writer] = None
+
+    def due(self) -> float | None:
+        """Return when to look, None where there is nothing to look for."""
+        if self._since is None:
+            return None
+        return max(self._since + PATIENCE, self._budget.free_at())
+
+    def begin(self) -> Grounds:
+        """Begin a look, whatever for: what is told from now on is for the next."""
+        grounds = Grounds(self._since, tuple(self._writers))
+        self._since, self._writers = None, {}
+        return grounds
+
+    def end(self, began: float, now: float) -> None:
+        """Take in what a look took that others gave cause for."""
+        self._budget.spend(now, now - began)
