@@ -187,6 +187,8 @@ def _table(current: status.Status) -> None:
     for network in current.networks:
         if network.reason:
             click.echo(f"network {network.bridge}: {network.reason}", err=True)
+    for warning in current.warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 def _load(path: str) -> Config:

@@ -18,14 +18,25 @@ from .netlink import Netlink
 
 #: The device that kube-proxy in IPVS mode gives the address of each Service: a node's own, for the kernel.
 IPVS_DEVICE = "kube-ipvs0"
+#: The device that Cilium makes on each node, whatever its settings.
+CILIUM_DEVICE = "cilium_host"
+
+CILIUM = (
+    f"Cilium runs on this node (there is a device {CILIUM_DEVICE}): what its eBPF programs send on past iptables, they "
+    'send past ctrport, and a published port may get no answer; "Beside Cilium" in docs/operating.md says what to do'
+)
 
 
 @dataclass(frozen=True)
 class Node:
-    """What is known of the node. ``amiss`` says, by the name of a bridge, why it cannot be run as a network."""
+    """What is known of the node. ``amiss`` says, by the name of a bridge, why it cannot be run as a network.
+
+    ``warnings`` are what may keep published ports from working, though nothing is wrong with them: a sentence each.
+    """
 
     facts: NodeFacts
     amiss: dict[str, str]
+    warnings: tuple[str, ...] = ()
 
 
 def look(bridges: Iterable[str] = ()) -> Node:
@@ -40,6 +51,7 @@ def look(bridges: Iterable[str] = ()) -> Node:
     with contextlib.closing(Netlink()) as netlink:
         services = _addresses_of(netlink, IPVS_DEVICE)
         networks = [network for name in bridges if (network := _network(netlink, name, amiss)) is not None]
+        warnings = (CILIUM,) if _exists(netlink, CILIUM_DEVICE) else ()
     facts = NodeFacts(
         forwarding,
         (frozenset[Address](ipv4) | frozenset(ipv6)) - services,
@@ -48,7 +60,7 @@ def look(bridges: Iterable[str] = ()) -> Node:
         networks=tuple(networks),
         services=services,
     )
-    return Node(facts, amiss)
+    return Node(facts, amiss, warnings)
 
 
 def _network(netlink: Netlink, name: str, amiss: dict[str, str]) -> BridgeNetwork | None:
@@ -73,3 +85,10 @@ def _addresses_of(netlink: Netlink, device: str) -> frozenset[Address]:
         return frozenset(interface.ip for interface in netlink.addresses(netlink.link(name=device).index))
     except OSError:
         return frozenset()  # there is no such device on most nodes
+
+
+def _exists(netlink: Netlink, device: str) -> bool:
+    try:
+        return netlink.link(name=device).name == device
+    except OSError:
+        return False

@@ -89,6 +89,7 @@ class Reconciler:
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
         self._events = 0
+        self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
 
     async def run(self) -> None:
         """Keep the node in line until cancelled.
@@ -214,6 +215,7 @@ class Reconciler:
 
     async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
         """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
+        self._tell_of_node()
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
@@ -241,6 +243,15 @@ class Reconciler:
             self._on_change()
         if self._dataplane.in_line:
             await self._dataplane.drop_stale_flows()
+
+    def _tell_of_node(self) -> None:
+        """Say what is new of the node itself: each warning is logged as it comes."""
+        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
+        for warning in self._survey.warnings:
+            if warning not in before[1]:
+                log.warning("%s", warning)
+        if self._told != before:
+            self._on_change()
 
     def _decide(self) -> tuple[Change, ...]:
         """Have every host port reserved that is to be published; what another process has is decided once more."""
@@ -319,6 +330,7 @@ class Reconciler:
             last_repair=self._last_repair,
             publications=[self._shown(publication) for publication in self._survey.publications],
             networks=networks(self._survey.facts, self._survey.amiss),
+            warnings=list(self._survey.warnings),
         )
 
     def _shown(self, publication: Publication) -> PublicationStatus:

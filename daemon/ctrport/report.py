@@ -19,7 +19,6 @@ from .firewall.text import diff
 from .hostports import Reservations
 from .model import Family, Holder, Mapping, Publication, State
 from .owners import owner_of
-from .publish import Publications
 from .rules import Layout, Rule
 from .survey import Survey
 
@@ -33,9 +32,9 @@ async def without_daemon(
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
-    found, due, version = await _look(config, firewalls, layout, directory)
+    survey, due, version = await _look(config, firewalls, layout, directory)
     last = status.read(directory)
-    publications = [_as_it_is(publication, due) for publication in found]
+    publications = [_as_it_is(publication, due) for publication in survey.publications]
     lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
     return status.Status(
         version=__version__,
@@ -45,6 +44,7 @@ async def without_daemon(
         containerd=f"answers, version {version}",
         firewall=_summary(due, lost),
         publications=[status.PublicationStatus.of(publication, "") for publication in publications],
+        warnings=list(survey.warnings),
     )
 
 
@@ -65,8 +65,8 @@ async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Lay
 
 async def _look(
     config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path
-) -> tuple[Publications, Transition, str]:
-    """Return the publications as they should be, what is due in the kernel for them, and containerd's version."""
+) -> tuple[Survey, Transition, str]:
+    """Return the node with its publications as they should be, what is due in the kernel, and containerd's version."""
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
         survey = Survey(config, containerd, endpoints, firewalls)
         version = await containerd.version()
@@ -93,7 +93,7 @@ async def _look(
         its_own = _reserved(directory)
         held = [holder for holder in held if not any(holder.mapping.overlaps(mapping) for mapping in its_own)]
         if not held or not survey.publications.meet_also(held):
-            return survey.publications, due, version
+            return survey, due, version
 
 
 def _reserved(directory: Path) -> list[Mapping]:

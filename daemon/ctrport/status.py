@@ -84,9 +84,10 @@ class NetworkStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """All that the daemon says: of itself, and of each publication. Times are ISO 8601 in UTC.
+    """All that the daemon says: of itself, of the node, and of each publication. Times are ISO 8601 in UTC.
 
     ``repairs`` counts how often others had changed rules of ours, ``last_repair`` says what, who, and for how long.
+    ``warnings`` are what on the node may keep published ports from working, in a sentence each.
     """
 
     version: str
@@ -101,6 +102,7 @@ class Status:
     last_repair: str = ""
     publications: list[PublicationStatus] = field(default_factory=list)
     networks: list[NetworkStatus] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Return it as one JSON object; keys and their meaning are API."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from . import endpoints
+from . import endpoints, nodeports
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
 from .firewall import Firewall, FirewallError
-from .model import Candidate, Container, ContainerKey, Endpoint, Family, Obstacle, State
+from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, Obstacle, State
 from .node import look
 from .pods import Pods, Running
 from .publish import Publications
@@ -46,6 +46,7 @@ class Survey:
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
+        self._holders: dict[str, list[Holder]] = {}  # by where they were seen
         self.facts = self._node.facts
         self.publications = Publications(
             config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
@@ -58,14 +59,19 @@ class Survey:
             if self._told.get(name) != reason:
                 log.warning("network %s: %s", name, reason)
         self._told = self._node.amiss
-        try:
-            answers = [await firewall.holders() for firewall in self._firewalls.values()]
-            holders = tuple(holder for answer in answers for holder in answer)
-        except FirewallError as error:
-            log.debug("who else holds host ports cannot be seen, what was known of it stands: %s", error)
-            holders = self.facts.holders
+        for family, firewall in self._firewalls.items():
+            await self._ask(f"the tables of {family}", firewall.holders())
+            await self._ask(f"kube-proxy's table of {family}", nodeports.holders(family))
+        holders = tuple(holder for found in self._holders.values() for holder in found)
         self.facts = replace(self._node.facts, holders=holders)
         self.publications.learn(self.facts)
+
+    async def _ask(self, where: str, asked: Awaitable[list[Holder]]) -> None:
+        """Take in who else holds host ports, as far as it is seen in one place."""
+        try:
+            self._holders[where] = await asked
+        except (FirewallError, nodeports.Unknown) as error:
+            log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
 
     async def everything(self) -> None:
         """Look at the node and at every container there is. Raises ``ContainerdError``."""
@@ -103,6 +109,11 @@ class Survey:
     def amiss(self) -> dict[str, str]:
         """Why a bridge is not run as the network that it is declared to be, by its name."""
         return self._node.amiss
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What on the node keeps published ports from working, in a sentence each."""
+        return self._node.warnings
 
     def container_of(self, cgroup: str) -> str | None:
         """Return the container whose process has this in its /proc/PID/cgroup, among those that run."""

@@ -319,6 +319,12 @@ def test_ps_prints_whole_lines_where_no_terminal_is(ctrport: Run, tmp_path: Path
     assert "\x1b" not in ended.out
 
 
+def test_ps_says_what_keeps_published_ports_from_working(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    with daemon(tmp_path, replace(RUNNING, warnings=["all is lost"])):
+        ended = ctrport("ps", "--run-dir", str(tmp_path))
+    assert (ended.status, ended.err) == (0, "warning: all is lost\n")
+
+
 def test_ps_gives_programs_the_status_as_it_is(ctrport: Run, tmp_path: Path, nobody: None) -> None:
     with daemon(tmp_path):
         ended = ctrport("ps", "--json", "--run-dir", str(tmp_path))

@@ -56,6 +56,10 @@ def test_a_bridge_that_is_not_there_is_named() -> None:
     }
 
 
+def test_where_there_is_no_cilium_there_is_no_warning() -> None:
+    assert node.look().warnings == ()
+
+
 def test_whether_the_node_forwards_is_read_from_the_kernel() -> None:
     with open("/proc/sys/net/ipv4/ip_forward", encoding="ascii") as switch:
         forwards = switch.read().strip() == "1"

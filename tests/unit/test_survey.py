@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ctrport import config
+from ctrport import config, nodeports, ports
 from ctrport.containerd import Listed
-from ctrport.model import Attachment, ContainerKey, Endpoint
+from ctrport.firewall import FirewallError
+from ctrport.model import Attachment, ContainerKey, Endpoint, Family, Holder
 from ctrport.survey import Survey
 
 WEB = ContainerKey("default", "web")
@@ -75,3 +76,41 @@ def test_a_hint_that_containerd_does_not_confirm_counts_for_nothing(hint: int | 
 
 def test_a_hint_for_what_containerd_does_not_have_publishes_nothing() -> None:
     assert looked(None, hint=os.getpid())[1] == []
+
+
+class Chains:
+    """Tables in which a host port is held, as long as they can be read."""
+
+    def __init__(self) -> None:
+        self.readable = True
+
+    async def holders(self) -> list[Holder]:
+        if not self.readable:
+            raise FirewallError("the chain could not be listed")
+        return [Holder("CNI-HOSTPORT-DNAT", ports.parse("8080:8080"))]
+
+
+def test_what_cannot_be_seen_in_one_place_stands_and_hides_nothing_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] | None = []
+
+    async def asked(family: Family) -> list[Holder]:
+        if found is None:
+            raise nodeports.Unknown("nft did not end")
+        return [Holder(name, ports.parse("30080:30080")) for name in found]
+
+    monkeypatch.setattr(nodeports, "holders", asked)
+    nobody: Any = None
+    chains: Any = Chains()
+    survey = Survey(CONFIG, nobody, nobody, {Family.IPV4: chains})
+
+    def seen() -> list[str]:
+        asyncio.run(survey.node())
+        return [holder.name for holder in survey.facts.holders]
+
+    assert seen() == ["CNI-HOSTPORT-DNAT"]
+    chains.readable, found = False, ["kube-proxy"]
+    assert seen() == ["CNI-HOSTPORT-DNAT", "kube-proxy"]
+    found = None
+    assert seen() == ["CNI-HOSTPORT-DNAT", "kube-proxy"]
+    chains.readable, found = True, []
+    assert seen() == ["CNI-HOSTPORT-DNAT"]
