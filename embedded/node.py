@@ -289,7 +289,7 @@ class Node(Host):
         self.run(*(argv if joined is None else joined.joining(*argv)))
         pid = int(pid_file.read_text())
         pid_file.unlink()
-        container = Container(id, namespace, pid, self._outer_pid(f"{namespace}-{id}", pid), joined)
+        container = Container(id, namespace, pid, self.outer_pid(f"{namespace}-{id}", pid), joined)
         self._containers.append(container)
         return container
 
@@ -332,7 +332,8 @@ class Node(Host):
     def _ctr(self, container: Container, *argv: str) -> subprocess.CompletedProcess[str]:
         return self.run("ctr", "--namespace", container.namespace, *argv)
 
-    def _outer_pid(self, cgroup: str, pid: int) -> int:
+    def outer_pid(self, cgroup: str, pid: int) -> int:
+        """Return what this process calls process ``pid`` of the node, which is in that cgroup below the node's own."""
         # A cgroup lists its processes as the reader counts, whoever they are; NSpid is how each level counts them.
         for processes in self._cgroups(f"{cgroup}/cgroup.procs"):
             for outer in processes.read_text().split():
@@ -387,7 +388,7 @@ class Node(Host):
             cgroup=f"/{self.directory.name}/{cgroup}",
         )
         id = cri.run_sandbox(config, network.handler if network is not None else "")
-        pod = Pod(cri, id, config, network, lambda id, pid: self._outer_pid(f"{cgroup}/{id}", pid))
+        pod = Pod(cri, id, config, network, lambda id, pid: self.outer_pid(f"{cgroup}/{id}", pid))
         self._pods.append(pod)
         return pod
 

@@ -165,7 +165,8 @@ class Reconciler:
         await self._survey.everything()
         await self._settle(mend=True)
         total = len(self._survey.publications)
-        log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
+        if self._dataplane.in_line:
+            log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
         systemd.notify("READY=1", f"STATUS={self._summary()}")
         await self._dataplane.sweep()
         await self._dataplane.prepare()

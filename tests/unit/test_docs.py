@@ -15,7 +15,8 @@ from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/operating.md", "docs/paths.md")]
+DOCS = ("docs/operating.md", "docs/paths.md", "docs/docker.md")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)

@@ -557,6 +557,9 @@ FOREIGN: dict[str, Callable[[State], None]] = {
     "empty, and somebody jumps to it": lambda state: state[Table.NAT].update(
         {"DOCKER": [], "PREROUTING": ["-m addrtype --dst-type LOCAL -j DOCKER"]}
     ),
+    "ours until somebody else took it": lambda state: state[Table.NAT].update(
+        {"DOCKER": [text_of(MARK)], "PREROUTING": ["-m addrtype --dst-type LOCAL -j DOCKER"]}
+    ),
 }
 
 

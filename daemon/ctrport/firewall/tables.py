@@ -162,13 +162,13 @@ class Tables:
     def _foreign(self, held: dict[ChainKey, list[Line] | None]) -> ForeignChain | None:
         """Return what to raise where a chain of our name is somebody else's.
 
-        It is where it holds a rule without our tag, or where it is empty and others jump to it: a running dockerd's
-        DOCKER may hold nothing. An empty one that nobody uses is what a flush left of ours.
+        It is where it holds a rule without our tag, or where others jump to it: a running dockerd's DOCKER may hold
+        nothing, or nothing but what we wrote before we looked. One that nobody else uses is what a flush left of ours.
         """
         for table, chain in self._layout.own_chains:
             lines = held[table, chain]
             foreign = next((line for line in lines or () if line.tag is None), None)
-            if foreign is None and lines == []:
+            if foreign is None and lines is not None:
                 kernel = [held[key] or [] for key in self._layout.kernel_chains if key[0] is table]
                 jumps = (line for lines in kernel for line in lines)
                 foreign = next((line for line in jumps if line.tag is None and line.target == chain), None)
