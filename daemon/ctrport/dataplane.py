@@ -37,6 +37,9 @@ from .rules import (
 
 log = logging.getLogger(__name__)
 
+#: How often the kernel is read anew where what was read was not there any more when it was to be mended.
+MENDING_TRIES = 3
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -175,11 +178,11 @@ class Dataplane:
             return Drift()
         fresh = {record.device for record in _records(difference.added)}
         off = tuple(device for device in self._localnet_ours if device not in fresh and localnet.is_off(device))
-        transition = await self._mend()
+        plans = await self._mend()
         if not was_in_line:
             return Drift()
         removed = {tag(rule) for rule in difference.removed}
-        found = drift((plan for _, plan in transition.plans), set(difference.added), removed)
+        found = drift(plans, set(difference.added), removed)
         return replace(found, switches=off)
 
     async def _write_change(self, difference: Difference, changes: Sequence[Change]) -> bool:
@@ -207,19 +210,27 @@ class Dataplane:
         self._take_in(changes, node)
         return await self._transition(words=True)
 
-    async def _mend(self) -> Transition:
+    async def _mend(self) -> list[Plan]:
+        """Return what it took; what it would have taken, too, where somebody was still writing meanwhile."""
         self.in_line = False
-        transition = await self._transition(words=False)
-        await self._write(transition)
+        plans: list[Plan] = []
+        for left in reversed(range(MENDING_TRIES)):
+            transition = await self._transition(words=False)
+            plans += [plan for _, plan in transition.plans]
+            try:
+                await self._write(transition)
+                break
+            except Refused:
+                if not left:
+                    raise
         self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
-        added = [rule for _, plan in transition.plans for rule in plan.added]
-        restored = dict.fromkeys(rule.owner for rule in added)
+        restored = dict.fromkeys(rule.owner for plan in plans for rule in plan.added)
         self._touched += _opened(self._active[its] for its in restored if its in self._active)
-        removed = {owner(each) for _, plan in transition.plans for each in plan.removed_tags}
+        removed = {owner(each) for plan in plans for each in plan.removed_tags}
         self._touched += _vacated(sorted(removed), self._active.values())
         self._touched += _narrowed(self._active[its] for its in sorted(removed) if its in self._active)
-        return transition
+        return plans
 
     async def _transition(self, *, words: bool) -> Transition:
         """Read what the kernel holds, and return what brings it in line; see ``Firewall.read`` for ``words``."""

@@ -12,6 +12,8 @@ import contextlib
 import logging
 import math
 import os
+import re
+import resource
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -78,8 +80,10 @@ class Reconciler:
         self._alarm = alarm
         self._suspicion = Suspicion()
         self._looked_at = 0.0  # when the kernel was last seen to hold what it should
+        self._others_wrote = True
         self._repairs = 0
-        self._last_repair, self._repair_told_at = "", 0.0
+        self._last_repair = ""
+        self._told_drift, self._told_drift_at = "", 0.0
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
@@ -142,11 +146,13 @@ class Reconciler:
         try:
             async for writer in self._alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
+                self._others_wrote = True
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
         finally:
             self._alarm.close()
+            self._alarm = None
 
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
@@ -177,7 +183,7 @@ class Reconciler:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
                 if self._node_changed:
                     self._node_changed = False
-                    await self._survey.node()
+                    await self._survey.node(others=False)
                 dirty, self._dirty = self._dirty, {}
                 await self._survey.look({key: seen.pid for key, seen in dirty.items()})
                 await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
@@ -204,10 +210,12 @@ class Reconciler:
 
     async def _tick(self, everything: bool) -> None:
         await self._containerd.version()  # the event stream of a containerd that hangs is silent, and says no error
+        # Where nobody wrote, who holds host ports in the tables is known: asking takes a process a chain.
+        others, self._others_wrote = self._others_wrote or self._alarm is None, False
         if everything:
             await self._survey.everything()
         else:
-            await self._survey.node()
+            await self._survey.node(others=others)
             self._survey.what_may_heal()
         publications = self._survey.publications
         taken = self._dataplane.reserve_again() if everything else []
@@ -220,7 +228,7 @@ class Reconciler:
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
-            began, grounds = time.monotonic(), self._suspicion.begin() if mend else Grounds()
+            began, grounds = _cpu(), self._suspicion.begin() if mend else Grounds()
             try:
                 drift = await self._dataplane.follow(changes, self._survey.facts, mend=mend)
             except FirewallError as error:
@@ -234,7 +242,7 @@ class Reconciler:
                     log.info("the kernel is in line again")
                 self._problem, self._retry_after = "", RETRY
             if grounds.since is not None:
-                self._suspicion.end(began, time.monotonic())
+                self._suspicion.end(_cpu() - began, time.monotonic())
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
         for change in changes:
@@ -265,13 +273,15 @@ class Reconciler:
     def _repaired(self, drift: Drift, grounds: Grounds) -> None:
         """Say what others had done to ours, and for how long; once, where they do it again and again."""
         now = time.monotonic()
-        by = f", by {' or '.join(grounds.writers)}" if grounds.writers else ""
-        gone = f"{(now - grounds.since) * 1000:.0f} ms" if grounds.since else f"at most {now - self._looked_at:.0f} s"
-        again = self._last_repair.startswith(f"{drift}{by}") and now < self._repair_told_at + TELL_AGAIN
+        by, gone = "", f"at most {now - self._looked_at:.0f} s"
+        if drift.in_tables and grounds.since is not None:
+            by = f", by {' or '.join(grounds.writers)}" if grounds.writers else ""
+            gone = f"{(now - grounds.since) * 1000:.0f} ms"
         self._repairs += 1
         self._last_repair = f"{drift}{by}; repaired after {gone}"
-        if not again:
-            self._repair_told_at = now
+        kind = re.sub(r" \(pid \d+\)", "", f"{drift}{by}")
+        if kind != self._told_drift or now > self._told_drift_at + TELL_AGAIN:
+            self._told_drift, self._told_drift_at = kind, now
             log.warning("drift: %s", self._last_repair)
 
     def _failed(self, error: FirewallError) -> None:
@@ -342,6 +352,12 @@ class Reconciler:
         elif publication.state is State.ACTIVE:
             publication = replace(publication, reason=self._dataplane.remark(publication))
         return PublicationStatus.of(publication, shown(since) if since else "")
+
+
+def _cpu() -> float:
+    """Return the seconds of processor time that the daemon has taken, with the programs that it ran."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _name(publication: Publication) -> tuple[str, str, str]:

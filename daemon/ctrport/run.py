@@ -51,8 +51,8 @@ async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> di
     served = await families(backend)
     if backend == LegacyTables.name:
         return {family: Tables(LegacyTables(family), its) for family in served}
-    announce = alarm.disregard if alarm is not None else lambda _: None
-    return {family: Tables(NftCommands(family, announce), its) for family in served}
+    announce = (alarm.disregard,) if alarm is not None else ()
+    return {family: Tables(NftCommands(family, *announce), its) for family in served}
 
 
 def _alarm(backend: str) -> Alarm | None:

@@ -52,14 +52,14 @@ class Survey:
             config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
         )
 
-    async def node(self) -> None:
-        """Look at the node itself."""
+    async def node(self, *, others: bool = True) -> None:
+        """Look at the node itself; with ``others`` also at who else holds host ports in the kernel's tables."""
         self._node = look(self._config.networks)
         for name, reason in self._node.amiss.items():
             if self._told.get(name) != reason:
                 log.warning("network %s: %s", name, reason)
         self._told = self._node.amiss
-        for family, firewall in self._firewalls.items():
+        for family, firewall in self._firewalls.items() if others else ():
             await self._ask(f"the tables of {family}", firewall.holders())
             await self._ask(f"kube-proxy's table of {family}", nodeports.holders(family))
         holders = tuple(holder for found in self._holders.values() for holder in found)

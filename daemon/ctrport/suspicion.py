@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from .pace import Budget
 
-#: Seconds from the first write to the look: who commits table by table is through by then, and who starts a container
-#: has its network set up before there is a container to publish.
-PATIENCE = 0.01
+#: Seconds from a write to the look, for who commits table by table, and from the first write at the most: a start of
+#: dockerd is a hundred commits.
+PATIENCE, PATIENCE_WITH_MANY = 0.01, 0.1
 #: How much of the time looking may take, and how many seconds of it may be taken ahead.
-SHARE, AHEAD = 0.01, 0.5
+SHARE, AHEAD = 0.01, 1.0
 #: How many writers are remembered by name.
 NAMED = 4
 
@@ -32,6 +32,7 @@ class Suspicion:
 
     def __init__(self) -> None:
         self._since: float | None = None
+        self._last = 0.0
         self._writers: dict[str, None] = {}
         self._budget = Budget(SHARE, AHEAD)
 
@@ -39,6 +40,7 @@ class Suspicion:
         """Take in that somebody wrote; ``writer`` is empty where it is not known who."""
         if self._since is None:
             self._since = now
+        self._last = now
         if writer and len(self._writers) < NAMED:
             self._writers[writer] = None
 
@@ -46,7 +48,7 @@ class Suspicion:
         """Return when to look, None where there is nothing to look for."""
         if self._since is None:
             return None
-        return max(self._since + PATIENCE, self._budget.free_at())
+        return max(min(self._last + PATIENCE, self._since + PATIENCE_WITH_MANY), self._budget.free_at())
 
     def begin(self) -> Grounds:
         """Begin a look, whatever for: what is told from now on is for the next."""
@@ -54,6 +56,6 @@ class Suspicion:
         self._since, self._writers = None, {}
         return grounds
 
-    def end(self, began: float, now: float) -> None:
-        """Take in what a look took that others gave cause for."""
-        self._budget.spend(now, now - began)
+    def end(self, took: float, now: float) -> None:
+        """Take in how many seconds of work a look took that others gave cause for."""
+        self._budget.spend(now, took)

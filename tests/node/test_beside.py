@@ -248,8 +248,10 @@ def test_portmap_may_come_second(node: Stage, ctrport: Ctrport) -> None:
     ctrport.start()
     portmap.call(node, "ADD", node.service, 9090, 80)
     tables = theirs(node)
-    # It appends its jump to ours. Which of them is asked first does not matter, as nobody has a port of the other's.
-    for order in (["DOCKER", "CNI-HOSTPORT-DNAT"], ["CNI-HOSTPORT-DNAT", "DOCKER"]):
+    # It appends its jump to ours, which gives it the way at once: as it would have come first.
+    order = ["CNI-HOSTPORT-DNAT", "DOCKER"]
+    eventually(lambda: jumps(node, "nat", "PREROUTING") == order, what="its jump coming first")
+    for _ in range(2):
         assert jumps(node, "nat", "PREROUTING") == order
         wait_open(node, 9090, "service")
         published(node, 8080, "web")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrport.suspicion import AHEAD, NAMED, PATIENCE, SHARE, Grounds, Suspicion
+from ctrport.suspicion import AHEAD, NAMED, PATIENCE, PATIENCE_WITH_MANY, SHARE, Grounds, Suspicion
 
 
 def test_nothing_told_is_nothing_to_look_for() -> None:
@@ -15,13 +15,15 @@ def test_nothing_told_is_nothing_to_look_for() -> None:
     assert suspicion.begin() == Grounds()
 
 
-def test_a_look_is_due_a_little_after_the_first_write_whatever_follows() -> None:
+def test_a_look_is_due_a_little_after_the_last_write_and_not_for_ever_later() -> None:
     suspicion = Suspicion()
     suspicion.tell("nft (pid 7)", 100.0)
-    suspicion.tell("nft (pid 7)", 100.5)
-    suspicion.tell("", 100.6)
-    suspicion.tell("iptables (pid 8)", 100.7)
     assert suspicion.due() == pytest.approx(100.0 + PATIENCE)
+    suspicion.tell("nft (pid 7)", 100.05)
+    suspicion.tell("", 100.06)
+    assert suspicion.due() == pytest.approx(100.06 + PATIENCE)
+    suspicion.tell("iptables (pid 8)", 100.5)
+    assert suspicion.due() == pytest.approx(100.0 + PATIENCE_WITH_MANY)
     assert suspicion.begin() == Grounds(100.0, ("nft (pid 7)", "iptables (pid 8)"))
     assert suspicion.due() is None
 
@@ -31,7 +33,7 @@ def test_what_is_told_during_a_look_is_for_the_next() -> None:
     suspicion.tell("one", 100.0)
     suspicion.begin()
     suspicion.tell("other", 100.001)
-    suspicion.end(100.0, 100.002)
+    suspicion.end(0.001, 100.001)
     assert suspicion.due() == pytest.approx(100.001 + PATIENCE)
     assert suspicion.begin().writers == ("other",)
 
@@ -56,5 +58,5 @@ def test_looking_takes_no_more_than_its_share_of_the_time(looks: list[tuple[floa
         now = max(now, due)
         assert spent <= AHEAD + SHARE * (now - start) + 1e-6
         suspicion.begin()
-        suspicion.end(now, now + took)
+        suspicion.end(took, now + took)
         now, spent = now + took, spent + took

@@ -29,8 +29,8 @@ class Alarm(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Writer | None]: ...
 
-    def disregard(self, pid: int) -> None:
-        """What this process writes is ours."""
+    def disregard(self, writer: Writer, commits: int) -> None:
+        """What this process is about to write is ours, in so many commits."""
         ...
 
     def close(self) -> None:
@@ -39,15 +39,22 @@ class Alarm(Protocol):
 
 
 class NftAlarm:
-    """Listens to what nf_tables announces, from when this was made on. Raises ``OSError``."""
+    """Listens to what nf_tables announces, from when this was made on. Raises ``OSError``.
+
+    The kernel numbers processes as the first pid namespace does. In another (a node made of containers) so many commits
+    under the name that the writer of ours has are taken for its own.
+    """
 
     def __init__(self) -> None:
         self._announcements = Announcements()
-        self._ours = deque[int](maxlen=64)  # the last ones: a number is used again, if not soon
+        self._numbers_known = os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
+        self._ours = deque[Writer](maxlen=64)  # the last ones: a number is used again, if not soon
+        self._expected: dict[str, int] = {}
 
-    def disregard(self, pid: int) -> None:
+    def disregard(self, writer: Writer, commits: int) -> None:
         """See ``Alarm.disregard``."""
-        self._ours.append(pid)
+        self._ours.append(writer)
+        self._expected[writer.name] = commits
 
     def close(self) -> None:
         """See ``Alarm.close``."""
@@ -56,8 +63,16 @@ class NftAlarm:
     async def __aiter__(self) -> AsyncIterator[Writer | None]:
         """See ``Alarm``."""
         async for writer in self._announcements:
-            if writer is None or writer.pid not in self._ours:
+            if writer is None or not self._is_ours(writer):
                 yield writer
+
+    def _is_ours(self, writer: Writer) -> bool:
+        if self._numbers_known:
+            return any(writer.pid == ours.pid for ours in self._ours)
+        if not self._expected.get(writer.name):
+            return False
+        self._expected[writer.name] -= 1
+        return True
 
 
 class LegacyAlarm:
@@ -67,7 +82,7 @@ class LegacyAlarm:
         self._families = tuple(families)
         self._interval = interval
 
-    def disregard(self, pid: int) -> None:
+    def disregard(self, writer: Writer, commits: int) -> None:
         """See ``Alarm.disregard``. Not to be told here: a look in vain after a change of ours."""
 
     def close(self) -> None:
@@ -90,6 +105,8 @@ class LegacyAlarm:
             found.update({(family, table): _info(family, table) for table in Table if table in there})
         return found
 
+
+_FIRST_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, linux/proc_ns.h
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SO_GET_INFO = 64  # IPT_SO_GET_INFO, IP6T_SO_GET_INFO

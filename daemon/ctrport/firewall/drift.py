@@ -29,7 +29,12 @@ class Drift:
     switches: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.gone or self.astray or self.surplus or self.switches)
+        return self.in_tables or bool(self.switches)
+
+    @property
+    def in_tables(self) -> bool:
+        """Whether anything was wrong with the rules themselves."""
+        return bool(self.gone or self.astray or self.surplus)
 
     def __str__(self) -> str:
         parts = [_gone(self.gone)] if self.gone else []
@@ -59,7 +64,7 @@ def drift(plans: Iterable[Plan], asked: Container[Rule] = (), dismissed: Contain
             elif isinstance(op, Remove) and isinstance(op.rule, Line):
                 mark = op.rule.tag or ""
                 surplus += (op.chain, mark) not in added and mark not in dismissed and op.chain not in wrong
-    return Drift(tuple(gone), tuple(astray), surplus)
+    return Drift(tuple(dict.fromkeys(gone)), tuple(astray), surplus)
 
 
 def _gone(rules: tuple[Rule, ...]) -> str:

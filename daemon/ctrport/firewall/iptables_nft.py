@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 
 from ..model import Family
-from ..nfnetlink import NfTables, comment, target
+from ..nfnetlink import NfTables, Writer, comment, target
 from ..nlmsg import Interrupted
 from ..programs import Ready
 from ..rules import Table
@@ -21,16 +21,18 @@ from .commands import TIMEOUT, command, errors, failure
 from .plan import BUILT_IN, Line, Plan
 from .text import TAG, restore_input
 
+Announce = Callable[[Writer, int], None]
+
 
 class NftCommands:
     """Implements ``Kernel`` with the commands of iptables.
 
-    ``announce`` is told of each process that is about to write.
+    ``announce`` is told of each process that is about to write, and how many commits it will make.
     """
 
     name = "iptables-nft"
 
-    def __init__(self, family: Family = Family.IPV4, announce: Callable[[int], None] = lambda _: None) -> None:
+    def __init__(self, family: Family = Family.IPV4, announce: Announce = lambda *_: None) -> None:
         self.family = family
         self._announce = announce
         self._domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
@@ -89,9 +91,9 @@ class NftCommands:
         """See ``Kernel.restore``."""
         with errors():
             await self._restore.prepare()
-            writer = self._restore.waiting()
-            if writer is not None:
-                self._announce(writer)
+            pid = self._restore.waiting()
+            if pid is not None:
+                self._announce(Writer(pid, f"{self._program}-restore"[:15]), len(plan.blocks))
             ended = await self._restore.run(timeout=TIMEOUT, input=restore_input(plan))
         if ended.status != 0:
             raise failure("the rules could not be written", ended, Refused)
