@@ -28,6 +28,9 @@ PARTS = "conf.d"
 #: What ``firewall.reserve_limit`` may be at most: every port of three protocols.
 MOST_RESERVED = 3 * 65535
 
+#: What ``firewall.poll_interval`` may be at most, in seconds: everything is looked at each minute, whatever it is.
+LONGEST_POLL = 60
+
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
 
@@ -115,6 +118,12 @@ def _count(text: object) -> int:
     return int(text)
 
 
+def _seconds(text: object) -> int:
+    if not isinstance(text, str) or re.fullmatch(r"[1-9][0-9]{0,3}", text) is None or int(text) > LONGEST_POLL:
+        raise ValueError
+    return int(text)
+
+
 def _source(text: str) -> str:
     if "%" in text:
         raise ValueError(", with a zone, which no rule can hold")
@@ -176,6 +185,7 @@ class Firewall(_Closed):
     localhost: Annotated[bool, BeforeValidator(_boolean)] = True
     masquerade: Masquerade = "hairpin"
     reserve_limit: Annotated[int, BeforeValidator(_count)] = 4096
+    poll_interval: Annotated[int, BeforeValidator(_seconds)] = 10
     on_stop: OnStop = "keep"
 
 
@@ -241,7 +251,8 @@ _EXPECTED = {
     "containerd.namespaces": "a list of containerd namespaces, such as [default, k8s.io], or [] for all",
     "containerd.namespaces[]": "the name of a containerd namespace, such as k8s.io",
     "firewall": (
-        "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
+        "a mapping with backend, chain, position, localhost, masquerade, reserve_limit, poll_interval and on_stop, "
+        "or the key left out"
     ),
     "firewall.backend": "auto, iptables-nft or iptables-legacy",
     "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
@@ -249,6 +260,7 @@ _EXPECTED = {
     "firewall.localhost": "true or false",
     "firewall.masquerade": "hairpin or all",
     "firewall.reserve_limit": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
+    "firewall.poll_interval": f"a number of seconds from 1 to {LONGEST_POLL}, in plain digits",
     "firewall.on_stop": "keep or remove",
     "networks": "a list of bridges to run the Docker way, such as [{bridge: docker0}], or [] for none",
     "networks[]": "a mapping with bridge",

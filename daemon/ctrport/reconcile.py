@@ -274,8 +274,8 @@ class Reconciler:
         """Say what others had done to ours, and for how long; once, where they do it again and again."""
         now = time.monotonic()
         by, gone = "", f"at most {now - self._looked_at:.0f} s"
-        if drift.in_tables and grounds.since is not None:
-            by = f", by {' or '.join(grounds.writers)}" if grounds.writers else ""
+        if drift.in_tables and grounds.since is not None and grounds.writers:
+            by = f", by {' or '.join(grounds.writers)}"
             gone = f"{(now - grounds.since) * 1000:.0f} ms"
         self._repairs += 1
         self._last_repair = f"{drift}{by}; repaired after {gone}"

@@ -55,10 +55,10 @@ async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> di
     return {family: Tables(NftCommands(family, *announce), its) for family in served}
 
 
-def _alarm(backend: str) -> Alarm | None:
-    """Return what tells when others write, None where nothing does."""
+def _alarm(backend: str, interval: float) -> Alarm | None:
+    """Return what tells when others write, None where nothing does; ``interval`` is for what has to be asked."""
     if backend == LegacyTables.name:
-        return LegacyAlarm(Family)
+        return LegacyAlarm(Family, interval)
     try:
         return NftAlarm()
     except OSError as error:
@@ -84,7 +84,7 @@ async def run(config: Config, directory: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, end.set)
     shape = layout(config)
-    alarm = _alarm(choice.backend)
+    alarm = _alarm(choice.backend, config.firewall.poll_interval)
     its = await firewalls(shape, choice.backend, alarm)
     changed = asyncio.Event()
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.

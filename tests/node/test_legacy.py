@@ -141,6 +141,29 @@ def test_what_others_take_away_comes_back_when_the_daemon_starts(node: Node, ctr
     assert sorted(legacy(node).splitlines()) == sorted(whole.splitlines())
 
 
+@pytest.mark.parametrize("program", ["iptables-legacy", "ip6tables-legacy"])
+def test_what_others_take_away_comes_back_when_it_is_looked_for(node: Node, ctrport: Ctrport, program: str) -> None:
+    make_tables(node)
+    Server(node.start("web"), 80)
+    settings = "firewall: {backend: iptables-legacy, poll_interval: 1}"
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings=settings))
+    ctrport.start()
+    wait_open(node, 8080, "web")
+    whole = legacy(node)
+    for words in ("-t nat -F DOCKER", "-t filter -F FORWARD", "-t nat -F PREROUTING"):
+        node.run(program, "-w", *shlex.split(words))
+    eventually(lambda: ctrport.status()["repairs"], what="the repair")
+    eventually(lambda: sorted(legacy(node).splitlines()) == sorted(whole.splitlines()), what="the tables as before")
+    assert re.search(r"WARNING drift: \d+ rules? gone.*; repaired after at most \d+ s", ctrport.messages)
+    wait_open(node, 8080, "web")
+    # What is others' own is let pass.
+    before = ctrport.status()
+    node.run(program, "-w", "-A", "INPUT", "-s", "203.0.113.9" if program[2] == "t" else "2001:db8::9", "-j", "DROP")
+    node.run(program, "-w", "-t", "nat", "-F", "DOCKER")
+    eventually(lambda: ctrport.status()["repairs"] == before["repairs"] + 1, what="the repair")
+    assert ctrport.status()["transactions"] == before["transactions"] + 1
+
+
 def test_a_worker_that_is_killed_is_replaced(node: Node, ctrport: Ctrport) -> None:
     Server(node.start("web"), 80)
     ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: late}", "8082:80"), settings=LEGACY))

@@ -329,6 +329,7 @@ firewall:
   chain: OK
   masquerade: some
   reserve_limit: -1
+  poll_interval: 0.5
   on_stop:
 publlish: []
 publish:
@@ -372,40 +373,41 @@ f:9:14: `firewall.localhost` is 'yes'; expected true or false
 f:10:3: the key 'chain' stands on line 7 already; expected each once
 f:11:15: `firewall.masquerade` is 'some'; expected hairpin or all
 f:12:18: `firewall.reserve_limit` is '-1'; expected a number of ports from 0 to 196605, in plain digits
-f:13:3: `firewall.on_stop` is empty; expected keep or remove
-f:14:1: the file has no key 'publlish'; expected containerd, firewall, networks or publish (did you mean publish?)
-f:16:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
-f:17:12: `publish[].ports` is an empty list; expected {ports}
-f:18:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
-f:18:46: `publish[].match.container` is '[b-a]', with a range that runs backwards; expected {container_glob}
-f:18:64: the label 'app' is empty; expected text, or "" for an empty value
-f:18:71: a label has no name; expected one, such as app in {{app: web}}
-f:18:81: the label 'c' is a list; expected text, or "" for an empty value
-f:19:24: '8080:81' claims a host port that '8080:80' on line 19 has; expected each once
-f:19:33: '80:80:80' has the host address '80'; expected an IPv4 address or an IPv6 address in brackets
-f:19:45: an entry of `publish[].ports` is empty; expected {port}
-f:19:48: an entry of `publish[].ports` is a mapping; expected {port}
-f:20:5: `publish[].match` is missing; expected {match}
-f:20:12: `publish[].ports` is '80:80'; expected {ports}
-f:21:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
-f:23:5: an entry of `publish` has no key 'port'; expected match, ports, sources or interface (did you mean ports?)
-f:26:37: an entry of `publish[].sources` is '10.0.0.1/8', which is a host in 10.0.0.0/8; expected {source}
-f:26:49: an entry of `publish[].sources` is 'ten'; expected {source}
-f:26:54: an entry of `publish[].sources` is empty; expected {source}
-f:26:57: an entry of `publish[].sources` is '10/8'; expected {source}
-f:26:63: an entry of `publish[].sources` is 'fe80::1%eth0', with a zone, which no rule can hold; expected {source}
-f:27:16: `publish[].interface` is 'eth0/1'; expected the name of one of the node's devices, such as eth0
-f:30:14: `publish[].sources` is an empty list; expected {sources}
-f:31:16: `publish[].interface` is a list; expected the name of one of the node's devices, such as eth0
-f:32:5: an entry of `publish` is 'nothing'; expected {entry}
-f:33:4: an entry of `publish` is empty; expected {entry}
-f:34:18: `publish[].match.pod` is a mapping without a condition, which would match every pod; expected {pod}
-f:36:30: `publish[].match.pod.namespace` is 'a/b'; expected {pod_namespace_glob}
-f:36:41: `publish[].match.pod.name` is '[a', with a '[' that is not closed; expected {pod_name_glob}
-f:36:56: the label 'app' is empty; expected text, or "" for an empty value
-f:36:63: a label has no name; expected one, such as app in {{app: web}}
-f:36:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
-f:38:18: `publish[].match.pod` is 'web'; expected {pod}
+f:13:18: `firewall.poll_interval` is '0.5'; expected a number of seconds from 1 to 60, in plain digits
+f:14:3: `firewall.on_stop` is empty; expected keep or remove
+f:15:1: the file has no key 'publlish'; expected containerd, firewall, networks or publish (did you mean publish?)
+f:17:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
+f:18:12: `publish[].ports` is an empty list; expected {ports}
+f:19:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
+f:19:46: `publish[].match.container` is '[b-a]', with a range that runs backwards; expected {container_glob}
+f:19:64: the label 'app' is empty; expected text, or "" for an empty value
+f:19:71: a label has no name; expected one, such as app in {{app: web}}
+f:19:81: the label 'c' is a list; expected text, or "" for an empty value
+f:20:24: '8080:81' claims a host port that '8080:80' on line 20 has; expected each once
+f:20:33: '80:80:80' has the host address '80'; expected an IPv4 address or an IPv6 address in brackets
+f:20:45: an entry of `publish[].ports` is empty; expected {port}
+f:20:48: an entry of `publish[].ports` is a mapping; expected {port}
+f:21:5: `publish[].match` is missing; expected {match}
+f:21:12: `publish[].ports` is '80:80'; expected {ports}
+f:22:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
+f:24:5: an entry of `publish` has no key 'port'; expected match, ports, sources or interface (did you mean ports?)
+f:27:37: an entry of `publish[].sources` is '10.0.0.1/8', which is a host in 10.0.0.0/8; expected {source}
+f:27:49: an entry of `publish[].sources` is 'ten'; expected {source}
+f:27:54: an entry of `publish[].sources` is empty; expected {source}
+f:27:57: an entry of `publish[].sources` is '10/8'; expected {source}
+f:27:63: an entry of `publish[].sources` is 'fe80::1%eth0', with a zone, which no rule can hold; expected {source}
+f:28:16: `publish[].interface` is 'eth0/1'; expected the name of one of the node's devices, such as eth0
+f:31:14: `publish[].sources` is an empty list; expected {sources}
+f:32:16: `publish[].interface` is a list; expected the name of one of the node's devices, such as eth0
+f:33:5: an entry of `publish` is 'nothing'; expected {entry}
+f:34:4: an entry of `publish` is empty; expected {entry}
+f:35:18: `publish[].match.pod` is a mapping without a condition, which would match every pod; expected {pod}
+f:37:30: `publish[].match.pod.namespace` is 'a/b'; expected {pod_namespace_glob}
+f:37:41: `publish[].match.pod.name` is '[a', with a '[' that is not closed; expected {pod_name_glob}
+f:37:56: the label 'app' is empty; expected text, or "" for an empty value
+f:37:63: a label has no name; expected one, such as app in {{app: web}}
+f:37:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
+f:39:18: `publish[].match.pod` is 'web'; expected {pod}
 """.format(
     address="the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     a_namespace="the name of a containerd namespace, such as k8s.io",
@@ -445,7 +447,8 @@ def test_problems_are_values_in_the_order_of_the_file() -> None:
 
 
 FIREWALL = (
-    "a mapping with backend, chain, position, localhost, masquerade, reserve_limit and on_stop, or the key left out"
+    "a mapping with backend, chain, position, localhost, masquerade, reserve_limit, poll_interval and on_stop, "
+    "or the key left out"
 )
 FILE = "a mapping with the keys containerd, firewall, networks and publish, each of which may be left out"
 NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall, networks or publish"
@@ -779,6 +782,17 @@ def test_a_limit_for_reserved_ports_is_a_number(limit: str) -> None:
 def test_a_limit_for_reserved_ports_that_is_none_is_refused(limit: str) -> None:
     (problem,) = problems(f"firewall: {{reserve_limit: {limit}}}")
     assert problem.endswith("; expected a number of ports from 0 to 196605, in plain digits")
+
+
+@pytest.mark.parametrize("seconds", ["1", "10", "60"])
+def test_an_interval_is_a_number_of_seconds(seconds: str) -> None:
+    assert config.parse(f"firewall: {{poll_interval: {seconds}}}", "f").firewall.poll_interval == int(seconds)
+
+
+@pytest.mark.parametrize("seconds", ["0", "61", "010", "1.5", "10s", "-1", "1e1", "99999"])
+def test_an_interval_that_is_none_is_refused(seconds: str) -> None:
+    (problem,) = problems(f"firewall: {{poll_interval: {seconds}}}")
+    assert problem.endswith("; expected a number of seconds from 1 to 60, in plain digits")
 
 
 def test_networks_are_named_by_their_bridges() -> None:

@@ -20,9 +20,6 @@ from ..nfnetlink import Announcements, Writer
 from ..rules import Table
 from .detect import legacy_tables
 
-#: Seconds between two looks at legacy tables.
-POLL = 10.0
-
 
 class Alarm(Protocol):
     """Tells of each time that others may have changed the tables: who, where that is known, else None."""
@@ -78,7 +75,7 @@ class NftAlarm:
 class LegacyAlarm:
     """Compares how many rules the legacy tables hold, and of what length, with what they held before."""
 
-    def __init__(self, families: Iterable[Family], interval: float = POLL) -> None:
+    def __init__(self, families: Iterable[Family], interval: float) -> None:
         self._families = tuple(families)
         self._interval = interval
 
