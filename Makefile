@@ -22,7 +22,7 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench matrix test lint unit node pythons stubs run install uninstall clean
+.PHONY: help tools venv demo bench drift matrix test lint unit node pythons stubs run install uninstall clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -44,6 +44,9 @@ demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step
 
 bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 1 minute): make bench ROUNDS=30
 	@$(BIN)/python -m bench.bench --rounds $(ROUNDS)
+
+drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy neighbours cost (as root, 1 minute)
+	@$(BIN)/python -m bench.drift
 
 matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 5 minutes)
 	@$(BIN)/python -m tests.matrix

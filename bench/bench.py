@@ -131,11 +131,11 @@ def _measure(count: int, interrupts: Interrupts) -> list[Round]:
     absent = missing() or ("iptables is not installed" if shutil.which("iptables") is None else None)
     if absent is not None:
         raise Unmeasured(absent)
-    with _failing(), Node() as node:
+    with failing(), Node() as node:
         if node.run("test", "-x", portmap.PLUGIN, check=False).returncode != 0:
             raise Unmeasured("CNI's portmap plugin is not installed")
         node.start_containerd()
-        print(_context(node), flush=True)
+        print(context(node), flush=True)
         return _rounds(node, count, interrupts)
 
 
@@ -257,7 +257,7 @@ def _ms(since: int, until: int) -> float:
     return (until - since) / 1e6
 
 
-def _context(node: Node) -> str:
+def context(node: Node) -> str:
     """Return what the figures depend on, in one line."""
     iptables = node.run("iptables", "--version").stdout.strip()
     if "nf_tables" not in iptables:
@@ -271,7 +271,7 @@ def _context(node: Node) -> str:
 
 
 @contextlib.contextmanager
-def _failing() -> Iterator[None]:
+def failing() -> Iterator[None]:
     """Turn what goes wrong into the one line that says so."""
     try:
         yield

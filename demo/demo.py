@@ -132,6 +132,12 @@ class Daemon:
 
             _held(eventually(ready, within=PATIENCE, what="ctrport being ready"), "ctrport did not become ready")
 
+    @property
+    def pid(self) -> int:
+        """The daemon's number on the machine."""
+        assert self._process is not None
+        return self._process.pid
+
     def command(self, *arguments: str) -> str:
         """Run a command of ctrport's on the node, and return what it prints."""
         return self._node.run(*self._argv(*arguments), env=self._environment).stdout

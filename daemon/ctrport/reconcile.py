@@ -227,6 +227,7 @@ class Reconciler:
         self._tell_of_node()
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
+        drift, news = Drift(), False
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
             began, grounds = _cpu(), self._suspicion.begin() if mend else Grounds()
             try:
@@ -243,11 +244,13 @@ class Reconciler:
                 self._problem, self._retry_after = "", RETRY
             if grounds.since is not None:
                 self._suspicion.end(_cpu() - began, time.monotonic())
+            # A look that somebody's write was the cause of, and that found nothing, is no news.
+            news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
         for change in changes:
             self._note(change, since)
-        if changes or mend or self._dataplane.in_line != was_in_line:
+        if changes or news or self._dataplane.in_line != was_in_line:
             systemd.notify(f"STATUS={self._summary()}")
             self._on_change()
         if self._dataplane.in_line:

@@ -14,8 +14,8 @@ import pytest
 from tests.node.daemon import ROOT
 
 
-def bench(*arguments: str, directory: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "bench.bench", *arguments]
+def bench(*arguments: str, directory: str, of: str = "bench.bench") -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", of, *arguments]
     env = {**os.environ, "TMPDIR": directory}
     return subprocess.run(argv, cwd=ROOT, env=env, text=True, capture_output=True, timeout=100)
 
@@ -42,3 +42,17 @@ def test_a_number_of_rounds_without_sense_is_refused() -> None:
     ended = bench("--rounds", "0", directory=tempfile.gettempdir())
     assert ended.returncode == 2
     assert "'0' is not a number from 1 to 100" in ended.stderr
+
+
+def test_drift_has_figures_and_a_verdict_that_agrees_with_them() -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
+        ended = bench("--rounds", "2", "--seconds", "2", directory=directory, of="bench.drift")
+        left = list(Path(directory).iterdir())
+    assert not left
+    assert not ended.stderr
+    rows = re.findall(r"^[^:\n]+?  +([0-9.]+) +([0-9.]+) +([0-9.]+)$", ended.stdout, re.MULTILINE)
+    assert len(rows) == 3, ended.stdout
+    for figures in rows:
+        assert 0 < float(figures[0]) <= float(figures[1]) <= float(figures[2])
+    assert re.search(r"idle [0-9.]+%; beside who writes 20000 rules a second [0-9.]+%", ended.stdout)
+    assert ended.returncode == ("MISSED" in ended.stdout)

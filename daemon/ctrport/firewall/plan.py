@@ -148,7 +148,8 @@ def plan_all(
         elif key[1] in BUILT_IN:
             draft.kernel_chain(key, rules, lines or (), tag)
         else:
-            draft.own_chain(key, sorted(rules, key=lambda r: (r.rank, tag(r))), lines, tag)
+            in_order = sorted(((rule.rank, tag(rule), rule) for rule in rules), key=lambda each: each[:2])
+            draft.own_chain(key, {its: rule for _, its, rule in in_order}, lines)
     ranks = {key: Counter(rule.rank for rule in by_chain.get(key, ())) for key in held}
     return Plan(draft.blocks(), ranks)
 
@@ -208,18 +209,17 @@ class _Draft:
         ]
         return tuple(Block(table, tuple(ops)) for table, ops in ordered if ops)
 
-    def own_chain(
-        self, key: ChainKey, wanted: Sequence[Rule], lines: Sequence[Line] | None, tag: Callable[[Rule], str]
-    ) -> None:
+    def own_chain(self, key: ChainKey, wanted: Mapping[str, Rule], lines: Sequence[Line] | None) -> None:
+        """Make a chain hold what is wanted, in this order, by tag."""
         table, chain = key
-        rank_of = {tag(rule): rule.rank for rule in wanted}
+        rank_of = {its: rule.rank for its, rule in wanted.items()}
         kept = [line.tag for line in lines or () if line.tag in rank_of]
         in_order = all(rank_of[a] <= rank_of[b] for a, b in pairwise(kept) if a and b)
         stale = list(dict.fromkeys(line for line in lines or () if line.tag not in rank_of))
         if lines is None or not in_order or len(set(kept)) != len(kept):
             if wanted:
                 self.create[table].append(New(chain) if lines is None else Empty(chain))
-                self.add[table] += [Add(rule, None) for rule in wanted]
+                self.add[table] += [Add(rule, None) for rule in wanted.values()]
             if wanted and table is Table.FILTER:
                 # What leaves goes in its turn: until nat is written, something may still be translated to it. (In one
                 # commit iptables-nft removes nothing that it adds to a chain that it empties.)
@@ -232,8 +232,8 @@ class _Draft:
         for index, line in enumerate(lines):
             if line.tag in rank_of:
                 ends[rank_of[line.tag]] = index + 1
-        for rule in wanted:
-            if tag(rule) in there:
+        for its, rule in wanted.items():
+            if its in there:
                 continue
             end = max((end for rank, end in ends.items() if rank <= rule.rank), default=0)
             self.add[table].append(Add(rule, None if end == len(lines) else end + added + 1))
