@@ -271,6 +271,13 @@ class Dataplane:
                 self.in_line = False
                 log.warning("chains of another firewall.chain may be left: %s", error)
 
+    async def keep_host_ports(self) -> None:
+        """Have the sockets of host ports survive this daemon, where systemd keeps them; to be called behind the rules.
+
+        Those that an earlier run left, and that no publication has, are let go.
+        """
+        await self._reservations.keep()
+
     async def drop_stale_flows(self) -> None:
         """Remove the flows that what was written made stale.
 

@@ -16,6 +16,9 @@ is switched off again at once. As tried on Linux 6.18: from then on a bind with 
 With a real listener ours fails. A process caught between its bind and its listen, both sockets having SO_REUSEADDR,
 fails to listen. It does not help where the connections' own socket was without SO_REUSEADDR, such as a client's: then
 the port is not reserved until they are gone.
+
+systemd can hold the sockets while no daemon runs (its file descriptor store). The next daemon goes on with them, so
+that there is no moment at which another process could bind the port. What such a socket is, the kernel says.
 """
 
 from __future__ import annotations
@@ -27,14 +30,17 @@ import os
 import resource
 import socket
 import struct
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from .listeners import UNKNOWN, Bound, Entry, entries, holder
 from .model import Address, PortRange, Protocol
+from .systemd import FileStore
 
 #: Files that the daemon may have open beside its reservations.
 OTHER_FILES = 256
@@ -52,6 +58,9 @@ _RETURN_0 = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0), 8)
 _DROP_ALL = struct.pack("HP", 1, ctypes.addressof(_RETURN_0))
 
 _NO_FILES_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+#: Seconds that systemd may take to close a socket after it has agreed to: from version 254 on another process does it.
+_CLOSING = 0.05
+
 _NOT_SUPPORTED = (errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EAFNOSUPPORT)
 
 
@@ -124,18 +133,27 @@ class Reservations:
     without a gap. ``limit`` is how many ports are held at most, each by a socket an address; what is beyond is looked
     at but not held. With limit 0 ``take`` does nothing at all.
 
-    ``name_container`` gets the text of /proc/PID/cgroup, and says which container that is, or None.
+    ``name_container`` gets the text of /proc/PID/cgroup, and says which container that is, or None. ``store`` is what
+    holds the sockets for the next run; without it nothing does.
     """
 
-    def __init__(self, limit: int, name_container: Callable[[str], str | None] = _no_container) -> None:
+    def __init__(
+        self,
+        limit: int,
+        name_container: Callable[[str], str | None] = _no_container,
+        store: FileStore | None = None,
+    ) -> None:
         self.limit = limit
         self._name_container = name_container
+        self._store = FileStore() if store is None else store  # an empty one counts as False
+        self._adopted: dict[_Cell, socket.socket] = {}  # an earlier run's, which nobody has taken yet
+        self._leaving: set[_Port] = set()  # those that the store may still have to close
         self._taken: dict[Hashable, _Taken] = {}
         self._users: Counter[_Cell] = Counter()
         self._sockets: dict[_Port, dict[str, socket.socket]] = {}
 
     def __len__(self) -> int:
-        """Return how many sockets are held."""
+        """Return how many sockets are held, beside those of an earlier run that nobody has taken."""
         return sum(map(len, self._sockets.values()))
 
     def is_full(self) -> bool:
@@ -156,9 +174,13 @@ class Reservations:
         old = before.cells if before is not None else frozenset[_Cell]()
         wanted = list(_cells(claim))
         fresh = [cell for cell in wanted if self._socket(cell) is None]
-        bound, remark = self._bind_all(
-            claim, fresh, keep=self._ports_after(old.difference(wanted), fresh) <= self.limit
+        keep = self._ports_after(old.difference(wanted), fresh) <= self.limit
+        bound, remark = self._bind_all(claim, [cell for cell in fresh if cell not in self._adopted], keep)
+        self._store.put(
+            f"{claim.protocol.value}-{claim.ports.first}", {cell: one.fileno() for cell, one in bound.items()}
         )
+        if keep:
+            bound.update((cell, self._adopted.pop(cell)) for cell in fresh if cell in self._adopted)
         for cell, bound_socket in bound.items():
             self._sockets.setdefault((cell.protocol, cell.port), {})[cell.address] = bound_socket
         cells = frozenset(cell for cell in wanted if self._socket(cell) is not None)
@@ -193,8 +215,8 @@ class Reservations:
         """
         found = []
         for cell in _cells(claim):
-            if (cell.protocol, cell.port) in self._sockets:
-                continue  # ours, for another key: taking it tells
+            if (cell.protocol, cell.port) in self._sockets or cell in self._adopted:
+                continue  # ours, for another key or of an earlier run: taking it tells
             try:
                 _bind(cell, reuse=False).close()
             except OSError as error:
@@ -202,10 +224,50 @@ class Reservations:
                     found.append((ip_address(cell.address), cell.port))
         return found
 
+    def adopt(self, files: Iterable[tuple[str, int]]) -> int:
+        """Go on with the sockets of an earlier run, and return how many there are; what is none is closed.
+
+        ``files`` come with the names under which the store has them.
+        """
+        lots: dict[str, dict[Hashable, int]] = {}
+        spoilt = set()
+        for name, file in files:
+            lot = lots.setdefault(name, {})
+            try:
+                cell, one = _adopted(file)
+            except OSError:
+                spoilt.add(name)
+                continue
+            if cell in self._adopted:
+                one.close()
+                spoilt.add(name)
+            else:
+                self._adopted[cell] = one
+                lot[cell] = file
+        for name, lot in lots.items():
+            self._store.adopt(name, lot, whole=name not in spoilt)
+        return len(self._adopted)
+
+    async def keep(self) -> None:
+        """Have the store hold what is held here, and let go of what an earlier run held and nobody has taken.
+
+        To be called when all that is wanted was taken.
+        """
+        if self._adopted:
+            self._gone(self._adopted)
+            self._adopted.clear()
+        await self._store.flush()
+
     def close(self) -> None:
-        """Let go of everything."""
-        for key in list(self._taken):
-            self.release(key)
+        """Let go of everything; what the store has by now, it goes on holding."""
+        for one in (*self._adopted.values(), *(one for by in self._sockets.values() for one in by.values())):
+            one.close()
+        for held in (self._adopted, self._sockets, self._users, self._taken):
+            held.clear()
+
+    async def forget(self) -> None:
+        """Have the store let go of everything, after ``close``."""
+        await self._store.clear()
 
     def _ports_after(self, gone: Iterable[_Cell], fresh: Iterable[_Cell]) -> int:
         """Return how many ports there will be when a key has given up what is ``gone``, and has what is ``fresh``."""
@@ -223,15 +285,23 @@ class Reservations:
         return self._sockets.get((cell.protocol, cell.port), {}).get(cell.address)
 
     def _drop(self, cells: Iterable[_Cell]) -> None:
+        gone = {}
         for cell in cells:
             self._users[cell] -= 1
             if self._users[cell]:
                 continue
             del self._users[cell]
             of_port = self._sockets[cell.protocol, cell.port]
-            of_port.pop(cell.address).close()
+            gone[cell] = of_port.pop(cell.address)
             if not of_port:
                 del self._sockets[cell.protocol, cell.port]
+        self._gone(gone)
+
+    def _gone(self, sockets: Mapping[_Cell, socket.socket]) -> None:
+        for one in sockets.values():
+            one.close()
+        if self._store.remove(sockets):
+            self._leaving.update((cell.protocol, cell.port) for cell in sockets)
 
     def _bind_all(self, claim: Claim, cells: list[_Cell], keep: bool) -> tuple[dict[_Cell, socket.socket], str]:
         """Return the sockets, and why there is not one for each cell. Raises ``Held`` or ``NotOnNode``."""
@@ -273,13 +343,31 @@ class Reservations:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-            return self._bind_contested(cell, others)
+            return self._bind_left(cell) or self._bind_contested(cell, others)
         except OSError as error:
             raise _explained(error, cell) from error
+
+    def _bind_left(self, cell: _Cell) -> socket.socket | None:
+        """Bind where a socket is in the way that was let go of here, and that the store has perhaps not closed yet."""
+        if (cell.protocol, cell.port) not in self._leaving:
+            return None
+        self._store.wait()
+        self._leaving.clear()
+        end = time.monotonic() + _CLOSING
+        while True:
+            try:
+                return _bind(cell, reuse=False)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.001)
 
     def _bind_contested(self, cell: _Cell, others: _Others) -> socket.socket:
         """Bind where a socket is in the way: perhaps one of ours, perhaps one that serves nobody."""
         ours = list(self._sockets.get((cell.protocol, cell.port), {}).values())
+        ours += [one for its, one in self._adopted.items() if (its.protocol, its.port) == (cell.protocol, cell.port)]
         own = {os.fstat(one.fileno()).st_ino for one in ours}
         found = [entry for entry in others.at(cell) if entry.inode not in own]
         serving = [entry for entry in found if entry.serving]
@@ -364,6 +452,46 @@ def _bind(cell: _Cell, reuse: bool) -> socket.socket:
     return one
 
 
+def _adopted(file: int) -> tuple[_Cell, socket.socket]:
+    """Return what a file holds that was opened by ``_bind``, and its socket. Raises OSError where it is another's.
+
+    That one is closed.
+    """
+    try:
+        one = socket.socket(fileno=file)
+    except OSError:
+        os.close(file)
+        raise
+    try:
+        protocol = next((its for its, kind in _KINDS.items() if kind == (one.type, one.proto)), None)
+        if protocol is None or one.family not in (socket.AF_INET, socket.AF_INET6):
+            raise OSError(errno.EPROTONOSUPPORT, "no socket for a host port")
+        address, port = one.getsockname()[:2]
+        if not port or _is_in_use(one):
+            raise OSError(errno.EINVAL, "no socket that holds a port and no more")
+        if one.family == socket.AF_INET6 and not one.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            raise OSError(errno.EINVAL, "a socket for both families")
+        # As _bind leaves it, though its process may have been killed in the middle of something.
+        _set_reuse(one, False)
+        if protocol is Protocol.UDP:
+            one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)
+    except BaseException:
+        one.close()
+        raise
+    return _Cell(protocol, address, port), one
+
+
+def _is_in_use(one: socket.socket) -> bool:
+    """Whether a socket listens or is connected."""
+    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return True
+    try:
+        one.getpeername()
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
 def _set_reuse(one: socket.socket, reuse: bool) -> None:
     one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
 
@@ -397,3 +525,12 @@ def allow_sockets(limit: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         soft = most
     return limit if soft == resource.RLIM_INFINITY else max(0, min(limit, soft - OTHER_FILES))
+
+
+def inheritable_sockets() -> int:
+    """Return how many sockets this process could have been started with, and still have opened what it needs.
+
+    To be asked before ``allow_sockets``: the next run begins with the limit that this one began with.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else max(0, soft - OTHER_FILES)

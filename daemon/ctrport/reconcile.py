@@ -254,6 +254,7 @@ class Reconciler:
             systemd.notify(f"STATUS={self._summary()}")
             self._on_change()
         if self._dataplane.in_line:
+            await self._dataplane.keep_host_ports()
             await self._dataplane.drop_stale_flows()
 
     def _tell_of_node(self) -> None:

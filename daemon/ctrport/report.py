@@ -17,10 +17,14 @@ from .endpoints import Endpoints
 from .firewall import Firewall
 from .firewall.text import diff
 from .hostports import Reservations
-from .model import Family, Holder, Mapping, Publication, State
+from .listeners import UNKNOWN
+from .model import Family, Holder, Publication, State
 from .owners import owner_of
 from .rules import Layout, Rule
 from .survey import Survey
+
+# What is said of a socket that systemd alone has: one of tcp, which does not listen, is in no table of the kernel's.
+_SYSTEMD = (UNKNOWN, "systemd (pid 1)")
 
 NOT_INSTALLED = "its rules are not all in the kernel, and no daemon runs: systemctl start ctrport"
 
@@ -90,19 +94,23 @@ async def _look(
             held += dataplane.reserve([change])
             reservations.close()  # at once: a daemon that starts meanwhile would take it for a conflict
         await dataplane.close()
-        its_own = _reserved(directory)
-        held = [holder for holder in held if not any(holder.mapping.overlaps(mapping) for mapping in its_own)]
+        held = _without_its_own(held, directory)
         if not held or not survey.publications.meet_also(held):
             return survey, due, version
 
 
-def _reserved(directory: Path) -> list[Mapping]:
-    """Return the mappings that a running daemon says are active, whose host ports it is that holds them.
+def _without_its_own(held: list[Holder], directory: Path) -> list[Holder]:
+    """Return who holds host ports beside the daemon, by what its status says is active.
 
-    Rules of theirs may be missing all the same: by drift, or as the configuration has changed since it started.
+    Rules of theirs may be missing all the same: by drift, or as the configuration has changed since it started. Where
+    the daemon is down systemd may hold its sockets, until they are the next one's.
     """
-    last = status.read(directory) if status.is_running(directory) else None
-    return [ports.parse(each.bound) for each in last.publications if each.bound] if last is not None else []
+    last = status.read(directory)
+    its_own = [ports.parse(each.bound) for each in last.publications if each.bound] if last is not None else []
+    others = [holder for holder in held if not any(holder.mapping.overlaps(mapping) for mapping in its_own)]
+    if status.is_running(directory):
+        return others
+    return [holder for holder in held if holder in others or holder.name not in _SYSTEMD]
 
 
 def _summary(due: Transition, lost: int) -> str:

@@ -20,7 +20,7 @@ from .firewall.detect import choose, families, legacy_tables
 from .firewall.iptables_legacy import LegacyTables
 from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
-from .hostports import Reservations, allow_sockets
+from .hostports import Reservations, allow_sockets, inheritable_sockets
 from .model import Family
 from .reconcile import Reconciler
 from .rules import Layout, Place
@@ -78,6 +78,8 @@ async def run(config: Config, directory: Path) -> None:
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
     log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
+    kept = systemd.received()
+    store = systemd.FileStore(systemd.manager(), inheritable_sockets())
     choice = await choose(config.firewall.backend)
     log.info("backend %s: %s", choice.backend, choice.reason)
     end = asyncio.Event()
@@ -93,7 +95,10 @@ async def run(config: Config, directory: Path) -> None:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", limit)
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
         survey = Survey(config, containerd, endpoints, its)
-        reservations = Reservations(limit, survey.container_of)
+        reservations = Reservations(limit, survey.container_of, store)
+        adopted = reservations.adopt(kept)
+        if adopted:
+            log.info("sockets of host ports that systemd has kept: %d", adopted)
         reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape, reservations), changed.set, alarm)
         tasks = [
             asyncio.create_task(reconciler.run()),
@@ -111,13 +116,13 @@ async def run(config: Config, directory: Path) -> None:
             _, left = await asyncio.wait(left, timeout=0.05)
     if failed is not None:
         raise failed
-    await _leave(config, its)
+    await _leave(config, its, reservations)
     with contextlib.suppress(OSError):
         status.write(directory, reconciler.status(running=False))
 
 
-async def _leave(config: Config, its: dict[Family, Firewall]) -> None:
-    """Keep or remove the rules, as ``firewall.on_stop`` says."""
+async def _leave(config: Config, its: dict[Family, Firewall], reservations: Reservations) -> None:
+    """Keep or remove the rules, as ``firewall.on_stop`` says, and the sockets of their host ports with them."""
     if config.firewall.on_stop == "keep":
         log.info("ended; the rules stay (firewall.on_stop: keep)")
         return
@@ -127,6 +132,7 @@ async def _leave(config: Config, its: dict[Family, Firewall]) -> None:
         except FirewallError as error:
             log.error("%s; `ctrport clean` removes them", error)
             return
+    await reservations.forget()
     log.info("ended; the rules are removed (firewall.on_stop: remove)")
 
 

@@ -50,15 +50,23 @@ class Ctrport:
         self.config.write_text(text)
 
     def start(
-        self, *options: str, wait: bool = True, env: dict[str, str] | None = None, behind: tuple[str, ...] = ()
+        self,
+        *options: str,
+        wait: bool = True,
+        env: dict[str, str] | None = None,
+        behind: tuple[str, ...] = (),
+        files: tuple[int, ...] = (),
     ) -> None:
         """Start the daemon; ``wait`` until it has been all round once.
 
-        ``env`` is added to its environment, and ``behind`` is the program that starts it, with its arguments.
+        ``env`` is added to its environment. ``behind`` is the program that starts it, with its arguments, and ``files``
+        are what that program gets.
         """
         with self.log.open("a") as log:
             argv = (*behind, *self._argv("run", "--config", str(self.config), *options))
-            self._process = self.node.spawn(*argv, env={**self._environment(), **(env or {})}, stderr=log)
+            self._process = self.node.spawn(
+                *argv, env={**self._environment(), **(env or {})}, stderr=log, pass_fds=files
+            )
         if wait:
             eventually(self.in_line, what="the daemon being in line")
 
