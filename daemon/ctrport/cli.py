@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from . import __version__, status, systemd
-from .config import DEFAULT_PATH, PARTS, Config, ConfigError, parse
+from . import __version__, configfiles, status, systemd
+from .config import DEFAULT_PATH, Config, ConfigError
 from .containerd import ContainerdError
 from .firewall import Firewall, FirewallError
 
@@ -74,7 +74,7 @@ def run(path: str, directory: Path, verbose: bool) -> None:
     _as_root("run")
     try:
         with status.only_one(directory):
-            _await(daemon.run(config, directory))
+            _await(daemon.run(config, path, directory))
     except status.AlreadyRunning as error:
         _fail(str(error))
     except OSError as error:
@@ -187,6 +187,8 @@ def _table(current: status.Status) -> None:
     for network in current.networks:
         if network.reason:
             click.echo(f"network {network.bridge}: {network.reason}", err=True)
+    if current.config:
+        click.echo(f"warning: an older configuration is in use: {current.config}", err=True)
     for warning in current.warnings:
         click.echo(f"warning: {warning}", err=True)
 
@@ -194,22 +196,13 @@ def _table(current: status.Status) -> None:
 def _load(path: str) -> Config:
     """Read the configuration and the parts beside it, or end with every problem they have."""
     try:
-        # A hidden file is an editor's, or half of an upload.
-        parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
-        return parse(_text(Path(path)), path, [(str(part), _text(part)) for part in parts])
+        return configfiles.load(path)
     except ConfigError as error:
         for problem in error.problems:
             click.echo(str(problem), err=True)
         raise SystemExit(BAD_USAGE) from None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        _fail(f"{path}: byte {error.start} is not UTF-8; expected YAML text", BAD_USAGE)
-    except OSError as error:
-        _fail(f"{path}: {error.strerror}; expected a configuration file (--config)", BAD_USAGE)
+    except configfiles.Unreadable as error:
+        _fail(str(error), BAD_USAGE)
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:

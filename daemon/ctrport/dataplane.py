@@ -7,6 +7,7 @@ for a packet in between would make them stale again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
@@ -61,19 +62,26 @@ class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
     At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
-    the plans that were written. ``chosen`` are the host ports that an earlier run chose, once it has looked; several
+    the plans that were written. ``others`` are tables that are to hold nothing of ours, and may: another backend's.
+    ``chosen`` are the host ports that an earlier run chose, once it has looked; several
     for one mapping where two declarations ask for it and differ in who may reach it.
     """
 
     def __init__(
-        self, firewalls: MappingABC[Family, Firewall], layout: Layout, reservations: Reservations | None = None
+        self,
+        firewalls: MappingABC[Family, Firewall],
+        layout: Layout,
+        reservations: Reservations | None = None,
+        others: Sequence[Firewall] = (),
     ) -> None:
         self._firewalls = dict(firewalls)
+        self._others = tuple(others)
         self._layout = layout
         standing = (rule for family in firewalls for rule in (*skeleton(layout, family), *isolation(layout, family)))
         self._wanted = Ruleset(standing)
         self._node = NodeFacts(frozenset(), frozenset())
         self._active: dict[str, Publication] = {}
+        self._former: dict[str, Publication] = {}  # of the one before, until the kernel has followed
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
         self._reservations = Reservations(0) if reservations is None else reservations
         self._remarks: dict[str, str] = {}
@@ -88,17 +96,33 @@ class Dataplane:
         self.in_line = False
         self.transactions = 0
 
+    def succeed(self, before: Dataplane) -> None:
+        """Take over what another one has brought about with the same reservations, to go on from there."""
+        self._former = dict(before._active)
+        self._vacated = set(before._active)
+        self._remarks = dict(before._remarks)
+        self._hairpins_ours = set(before._hairpins_ours)
+        self._complaint = before._complaint
+        self.transactions = before.transactions
+
     async def start(self) -> None:
         """Look at what an earlier run left. Raises ``FirewallError`` where this node's tables cannot be ours."""
+        for other in self._others:
+            with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
+                await other.read(words=False)
+                self._learn(other)
         for firewall in self._firewalls.values():
             await firewall.read()
-            for record in firewall.localnet_records:
-                self._localnet_ours[record.device] = record.ours
-            for its in firewall.chosen:
-                if its.bound.host_ports is not None:
-                    before = self.chosen.get((its.container, its.mapping), ())
-                    # Both families say it; and ports are chosen upwards, so the first goes to who asks first.
-                    self.chosen[its.container, its.mapping] = tuple(sorted({*before, its.bound.host_ports}))
+            self._learn(firewall)
+
+    def _learn(self, firewall: Firewall) -> None:
+        for record in firewall.localnet_records:
+            self._localnet_ours[record.device] = record.ours
+        for its in firewall.chosen:
+            if its.bound.host_ports is not None:
+                before = self.chosen.get((its.container, its.mapping), ())
+                # Both families say it; and ports are chosen upwards, so the first goes to who asks first.
+                self.chosen[its.container, its.mapping] = tuple(sorted({*before, its.bound.host_ports}))
 
     def reserve(self, changes: Sequence[Change]) -> list[Holder]:
         """Have the host ports of what is to be active held by sockets; return who holds those that were not had."""
@@ -230,6 +254,9 @@ class Dataplane:
         removed = {owner(each) for plan in plans for each in plan.removed_tags}
         self._touched += _vacated(sorted(removed), self._active.values())
         self._touched += _narrowed(self._active[its] for its in sorted(removed) if its in self._active)
+        for its, former in self._former.items():
+            self._touched += _closed(former, self._active.get(its))
+        self._former.clear()
         return plans
 
     async def _transition(self, *, words: bool) -> Transition:
@@ -254,13 +281,15 @@ class Dataplane:
             await firewall.prepare()
 
     async def close(self) -> None:
-        """Give up what ``prepare`` holds, and the host ports."""
+        """Give up what ``prepare`` holds. The host ports are held on."""
         for firewall in self._firewalls.values():
             await firewall.close()
-        self._reservations.close()
 
     async def sweep(self) -> None:
-        """Delete what another ``firewall.chain`` has left of an earlier run; where that fails it says so."""
+        """Delete what another chain or backend has left of an earlier run; where that fails it says so.
+
+        To be called when the kernel is in line: no port is closed by it.
+        """
         for firewall in self._firewalls.values():
             try:
                 plan = await firewall.plan_sweep()
@@ -270,6 +299,17 @@ class Dataplane:
             except FirewallError as error:
                 self.in_line = False
                 log.warning("chains of another firewall.chain may be left: %s", error)
+        for other in self._others:
+            try:
+                plans = await other.plan_removal()
+                for plan in plans:
+                    await other.apply(plan)
+                if any(plans):
+                    log.info("what another firewall.backend had written is deleted (%s)", other.name)
+            except FirewallError as error:
+                log.warning("rules of another firewall.backend may be left (`ctrport clean`): %s", error)
+            finally:
+                await other.close()
 
     async def keep_host_ports(self) -> None:
         """Have the sockets of host ports survive this daemon, where systemd keeps them; to be called behind the rules.

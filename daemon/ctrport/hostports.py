@@ -144,7 +144,7 @@ class Reservations:
         store: FileStore | None = None,
     ) -> None:
         self.limit = limit
-        self._name_container = name_container
+        self.name_container = name_container
         self._store = FileStore() if store is None else store  # an empty one counts as False
         self._adopted: dict[_Cell, socket.socket] = {}  # an earlier run's, which nobody has taken yet
         self._leaving: set[_Port] = set()  # those that the store may still have to close
@@ -373,7 +373,7 @@ class Reservations:
         serving = [entry for entry in found if entry.serving]
         if serving:
             at = _where(serving[0], cell)
-            who = holder([each.inode for each in serving if _where(each, cell) == at], self._name_container)
+            who = holder([each.inode for each in serving if _where(each, cell) == at], self.name_container)
             raise Held(cell.protocol, ip_address(cell.address), cell.port, who, at)
         # Connections of UDP are left alone: with SO_REUSEADDR we would share their port, not wait for their end.
         reuse = bool(ours) or (bool(found) and cell.protocol is not Protocol.UDP)
@@ -387,7 +387,7 @@ class Reservations:
                 raise
             if found:
                 inodes = {entry.inode for entry in found if entry.inode}
-                who = f"of {others.owner(inodes, self._name_container)}" if inodes else "that have ended"
+                who = f"of {others.owner(inodes, self.name_container)}" if inodes else "that have ended"
                 raise _NotReserved(f"connections {who} are still on port {cell.port}") from error
             raise _held(cell, UNKNOWN) from error
         finally:

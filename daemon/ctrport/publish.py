@@ -101,6 +101,18 @@ class _Round:
     next: dict[tuple[Mapping, frozenset[Family]], int] = field(default_factory=dict)  # where to go on in a pool
 
 
+def chosen(publications: Iterable[Publication]) -> dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]]:
+    """Return the host ports that were chosen for these, by container and mapping."""
+    found: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
+    for publication in publications:
+        container, bound = publication.container, publication.bound
+        if container is not None and bound is not None and publication.mapping.dynamic and bound.host_ports is not None:
+            key = (container, publication.mapping)
+            # In the order in which they are asked for again.
+            found[key] = (*found.get(key, ()), bound.host_ports)
+    return found
+
+
 class Publications:
     """All publications of a node.
 

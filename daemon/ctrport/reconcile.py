@@ -15,7 +15,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
@@ -23,10 +23,10 @@ from . import __version__, netlink, systemd
 from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
-from .firewall import FirewallError
+from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
-from .model import ContainerKey, Publication, State
+from .model import ContainerKey, Family, Publication, State
 from .pace import Pace
 from .publish import Change
 from .status import PublicationStatus, Status, networks, shown
@@ -50,6 +50,24 @@ TELL_AGAIN = 60.0
 
 
 @dataclass(frozen=True)
+class Ground:
+    """What a configuration is carried out with: the tables of each family, and who tells when others write there."""
+
+    firewalls: Mapping[Family, Firewall]
+    dataplane: Dataplane
+    alarm: Alarm | None
+
+    async def close(self) -> None:
+        """Give up what it holds, but no rules and no host ports."""
+        if self.alarm is not None:
+            self.alarm.close()
+        await self.dataplane.close()
+
+
+Prepare = Callable[[Config], Awaitable[Ground]]
+
+
+@dataclass(frozen=True)
 class _Seen:
     """Events about a container that was not looked at since: when the first came, and the process the last named."""
 
@@ -60,27 +78,25 @@ class _Seen:
 class Reconciler:
     """Keeps the publications of one node, and the kernel in line with them.
 
-    ``on_change`` is called whenever what it has to say of itself may have changed; ``status`` says it.
+    ``prepare`` makes ready what another configuration takes. ``on_change`` is called whenever what it has to say of
+    itself may have changed; ``status`` says it.
     """
 
     def __init__(
-        self,
-        config: Config,
-        containerd: Containerd,
-        survey: Survey,
-        dataplane: Dataplane,
-        on_change: Callable[[], None],
-        alarm: Alarm | None = None,
+        self, containerd: Containerd, survey: Survey, ground: Ground, prepare: Prepare, on_change: Callable[[], None]
     ) -> None:
-        self._config = config
         self._containerd = containerd
         self._survey = survey
-        self._dataplane = dataplane
+        self._ground = ground
+        self._prepare = prepare
         self._on_change = on_change
-        self._alarm = alarm
+        self._next_config: Config | None = None
+        self._stale = ""  # why the configuration in use is not that of the files; empty where it is
+        self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
         self._looked_at = 0.0  # when the kernel was last seen to hold what it should
         self._others_wrote = True
+        self._deaf = True  # whether nobody tells when others write
         self._repairs = 0
         self._last_repair = ""
         self._told_drift, self._told_drift_at = "", 0.0
@@ -101,16 +117,63 @@ class Reconciler:
         Raises ``FirewallError`` where this node's tables cannot be ours, and ``containerd.Refused`` where it may not
         so much as connect.
         """
-        await self._dataplane.start()
-        self._survey.publications.recover(self._dataplane.chosen)
-        watches = [asyncio.create_task(self._watch_node()), asyncio.create_task(self._watch_tables())]
+        node_watch = asyncio.create_task(self._watch_node())
         try:
+            await self._dataplane.start()
+            self._survey.publications.recover(self._dataplane.chosen)
+            self._table_watch = asyncio.create_task(self._watch_tables(self._ground.alarm))
             await self._run()
         finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
-            await self._dataplane.close()
+            await _end(node_watch)
+            await self._leave_ground()
+
+    async def _leave_ground(self) -> None:
+        if self._table_watch is not None:
+            await _end(self._table_watch)
+        await self._ground.close()
+
+    @property
+    def _dataplane(self) -> Dataplane:
+        return self._ground.dataplane
+
+    def use(self, config: Config) -> None:
+        """Use another configuration from the next turn on; what is the same in both is not touched."""
+        if self._stale:
+            self._stale = ""
+            self._tell()
+        self._next_config = None if config == self._survey.config else config
+        self._wake.set()
+
+    def stay(self, reason: str) -> None:
+        """Go on with the configuration in use, as the one of the files cannot be, and say why."""
+        self._next_config = None
+        if reason != self._stale:
+            self._stale = reason
+            log.error("the configuration stays as it was: %s", reason)
+            self._tell()
+
+    async def _change_config(self, config: Config) -> None:
+        """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
+        if config.containerd.address != self._survey.config.containerd.address:
+            return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
+        ground = await self._prepare(config)
+        try:
+            await ground.dataplane.start()
+        except FirewallError as error:
+            await ground.close()
+            return self.stay(str(error))
+        before = self._ground
+        await self._leave_ground()
+        ground.dataplane.succeed(before.dataplane)
+        self._ground = ground
+        self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
+        told = list(self._survey.publications)
+        try:
+            await self._survey.use(config, ground.firewalls)
+        finally:
+            await self._settle(mend=True, told=told)
+        log.info("the configuration was read anew: %s", self._summary())
+        await self._dataplane.sweep()
 
     async def _run(self) -> None:
         while True:
@@ -140,24 +203,23 @@ class Reconciler:
         except OSError as error:
             log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
 
-    async def _watch_tables(self) -> None:
-        if self._alarm is None:
+    async def _watch_tables(self, alarm: Alarm | None) -> None:
+        self._deaf = alarm is None
+        if alarm is None:
             return
         try:
-            async for writer in self._alarm:
+            async for writer in alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
                 self._others_wrote = True
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
-        finally:
-            self._alarm.close()
-            self._alarm = None
+            self._deaf = True
 
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
             async for event in events:
-                if self._config.watches(event.key.namespace):
+                if self._survey.config.watches(event.key.namespace):
                     self._events += 1
                     first = self._dirty.get(event.key)
                     at = time.monotonic() if first is None else first.at
@@ -178,6 +240,9 @@ class Reconciler:
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
+            if self._next_config is not None:
+                config, self._next_config = self._next_config, None
+                await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
@@ -211,7 +276,7 @@ class Reconciler:
     async def _tick(self, everything: bool) -> None:
         await self._containerd.version()  # the event stream of a containerd that hangs is silent, and says no error
         # Where nobody wrote, who holds host ports in the tables is known: asking takes a process a chain.
-        others, self._others_wrote = self._others_wrote or self._alarm is None, False
+        others, self._others_wrote = self._others_wrote or self._deaf, False
         if everything:
             await self._survey.everything()
         else:
@@ -222,8 +287,14 @@ class Reconciler:
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
-    async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
-        """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
+    async def _settle(
+        self, *, mend: bool = False, since: float | None = None, told: Sequence[Publication] | None = None
+    ) -> None:
+        """Decide, and make the kernel follow.
+
+        ``since`` is when the first event came that led here. ``told`` are the publications before, where all begins
+        anew: what is as it was is not told again.
+        """
         self._tell_of_node()
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
@@ -248,14 +319,17 @@ class Reconciler:
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
-        for change in changes:
+        for change in changes if told is None else self._compared(told, changes):
             self._note(change, since)
         if changes or news or self._dataplane.in_line != was_in_line:
-            systemd.notify(f"STATUS={self._summary()}")
-            self._on_change()
+            self._tell()
         if self._dataplane.in_line:
             await self._dataplane.keep_host_ports()
             await self._dataplane.drop_stale_flows()
+
+    def _tell(self) -> None:
+        systemd.notify(f"STATUS={self._summary()}")
+        self._on_change()
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
@@ -296,6 +370,19 @@ class Reconciler:
         self._retry_at = time.monotonic() + self._retry_after
         self._retry_after = min(2 * self._retry_after, TICK)
 
+    def _compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
+        """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
+        left = {_subject_of(publication): publication for publication in told}
+        since, self._since = self._since, {}
+        news = []
+        for after in (change.after for change in changes if change.after is not None):
+            before = left.pop(_subject_of(after), None)
+            if before is not None and _name(before) in since:
+                self._since[_name(after)] = since[_name(before)]
+            if before is None or _said(before) != _said(after):
+                news.append(Change(before, after))
+        return news + [Change(before, None) for before in left.values()]
+
     def _note(self, change: Change, since: float | None) -> None:
         """Keep when a publication's state began, and log it."""
         publication = change.after or change.before
@@ -328,7 +415,8 @@ class Reconciler:
         if self._problem:
             return f"not in line: {self._problem}"
         publications = self._survey.publications
-        return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active"
+        stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
+        return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
 
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""
@@ -337,6 +425,7 @@ class Reconciler:
             running=running,
             pid=os.getpid(),
             updated=shown(datetime.now(timezone.utc)),
+            config=self._stale,
             containerd=self._containerd_state,
             firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
             events=self._events,
@@ -362,6 +451,22 @@ def _cpu() -> float:
     """Return the seconds of processor time that the daemon has taken, with the programs that it ran."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _subject_of(publication: Publication) -> tuple[str, str, str]:
+    """Return what a publication is called where lines of the configuration may have moved."""
+    whose = publication.source if publication.container is None else str(publication.container)
+    return (whose, str(publication.mapping), str(publication.access))
+
+
+def _said(publication: Publication) -> tuple[object, ...]:
+    addresses = [attachment.address for attachment in publication.attachments]
+    return (publication.state, publication.reason, publication.bound, addresses)
 
 
 def _name(publication: Publication) -> tuple[str, str, str]:

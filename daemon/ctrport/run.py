@@ -9,8 +9,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from . import __version__, status, systemd
-from .config import Config
+from . import __version__, configfiles, status, systemd
+from .config import Config, ConfigError
 from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
@@ -22,7 +22,7 @@ from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
 from .hostports import Reservations, allow_sockets, inheritable_sockets
 from .model import Family
-from .reconcile import Reconciler
+from .reconcile import Ground, Reconciler
 from .rules import Layout, Place
 from .survey import Survey
 
@@ -68,41 +68,44 @@ def _alarm(backend: str, interval: float) -> Alarm | None:
 
 async def every_firewall() -> list[Firewall]:
     """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
-    nft = await firewalls(Layout(), NftCommands.name)
-    return [*nft.values(), *(Tables(LegacyTables(family), Layout()) for family in Family if legacy_tables(family))]
+    return [*(await firewalls(Layout(), NftCommands.name)).values(), *_existing_legacy(Layout())]
 
 
-async def run(config: Config, directory: Path) -> None:
-    """Run until SIGTERM or SIGINT; ``directory`` is the run directory, whose lock the caller holds.
+def _existing_legacy(its: Layout) -> list[Firewall]:
+    return [Tables(LegacyTables(family), its) for family in Family if legacy_tables(family)]
 
+
+async def run(config: Config, path: str, directory: Path) -> None:
+    """Run until SIGTERM or SIGINT, with ``config`` at first, and then with what the files at ``path`` have.
+
+    ``directory`` is the run directory, whose lock the caller holds.
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
     log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
     kept = systemd.received()
     store = systemd.FileStore(systemd.manager(), inheritable_sockets())
-    choice = await choose(config.firewall.backend)
-    log.info("backend %s: %s", choice.backend, choice.reason)
-    end = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end.set)
-    shape = layout(config)
-    alarm = _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm)
+    end, reload = asyncio.Event(), asyncio.Event()
+    for number, event in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, reload)):
+        asyncio.get_running_loop().add_signal_handler(number, event.set)
     changed = asyncio.Event()
-    # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
-    limit = allow_sockets(2 * config.firewall.reserve_limit) // 2
-    if limit < config.firewall.reserve_limit:
-        log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", limit)
+    reservations = Reservations(0, store=store)
+
+    async def prepare(config: Config) -> Ground:
+        return await _ground(config, reservations)
+
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
-        survey = Survey(config, containerd, endpoints, its)
-        reservations = Reservations(limit, survey.container_of, store)
+        ground = await prepare(config)
+        survey = Survey(config, containerd, endpoints, ground.firewalls)
+        reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
         if adopted:
             log.info("sockets of host ports that systemd has kept: %d", adopted)
-        reconciler = Reconciler(config, containerd, survey, Dataplane(its, shape, reservations), changed.set, alarm)
+        reconciler = Reconciler(containerd, survey, ground, prepare, changed.set)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),
+            asyncio.create_task(_watch_files(path, reload)),
+            asyncio.create_task(_keep_current(reconciler, path, reload)),
         ]
         ended = asyncio.create_task(end.wait())
         await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -114,19 +117,60 @@ async def run(config: Config, directory: Path) -> None:
             for task in left:
                 task.cancel()
             _, left = await asyncio.wait(left, timeout=0.05)
+    reservations.close()
     if failed is not None:
         raise failed
-    await _leave(config, its, reservations)
+    await _leave(survey.config, reservations)
     with contextlib.suppress(OSError):
         status.write(directory, reconciler.status(running=False))
 
 
-async def _leave(config: Config, its: dict[Family, Firewall], reservations: Reservations) -> None:
+async def _ground(config: Config, reservations: Reservations) -> Ground:
+    """Make ready what a configuration is carried out with."""
+    choice = await choose(config.firewall.backend)
+    log.info("backend %s: %s", choice.backend, choice.reason)
+    # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
+    reservations.limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
+    if reservations.limit < config.firewall.reserve_limit:
+        log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
+    shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
+    its = await firewalls(shape, choice.backend, alarm)
+    nft_is_other = choice.backend == LegacyTables.name
+    others = [*(await firewalls(shape, NftCommands.name)).values()] if nft_is_other else _existing_legacy(shape)
+    return Ground(its, Dataplane(its, shape, reservations, others), alarm)
+
+
+async def _watch_files(path: str, reload: asyncio.Event) -> None:
+    try:
+        async for _ in configfiles.changes(path):
+            reload.set()
+    except OSError as error:
+        log.warning("a changed configuration is read on SIGHUP alone (systemctl reload ctrport): %s", error.strerror)
+        await asyncio.Event().wait()
+
+
+async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event) -> None:
+    """Have the files' configuration used when they have changed, or when it is asked for."""
+    while True:
+        await reload.wait()
+        reload.clear()
+        try:
+            config = configfiles.load(path)
+        except ConfigError as error:
+            first, *more = error.problems
+            reconciler.stay(f"{first}" + (f", and {len(more)} more: ctrport check" if more else ""))
+        except configfiles.Unreadable as error:
+            reconciler.stay(str(error))
+        else:
+            reconciler.use(config)
+
+
+async def _leave(config: Config, reservations: Reservations) -> None:
     """Keep or remove the rules, as ``firewall.on_stop`` says, and the sockets of their host ports with them."""
     if config.firewall.on_stop == "keep":
         log.info("ended; the rules stay (firewall.on_stop: keep)")
         return
-    for firewall in its.values():
+    for firewall in await every_firewall():
         try:
             await remove_everything(firewall)
         except FirewallError as error:

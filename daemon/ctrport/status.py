@@ -86,6 +86,7 @@ class NetworkStatus:
 class Status:
     """All that the daemon says: of itself, of the node, and of each publication. Times are ISO 8601 in UTC.
 
+    ``config`` says why the configuration in use is an older one than that of the files, and is empty where it is not.
     ``repairs`` counts how often others had changed rules of ours, ``last_repair`` says what, who, and for how long.
     ``warnings`` are what on the node may keep published ports from working, in a sentence each.
     """
@@ -96,6 +97,7 @@ class Status:
     updated: str
     containerd: str
     firewall: str
+    config: str = ""
     events: int = 0
     transactions: int = 0
     repairs: int = 0

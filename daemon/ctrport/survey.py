@@ -20,7 +20,7 @@ from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, Obstacle, State
 from .node import look
 from .pods import Pods, Running
-from .publish import Publications
+from .publish import Publications, chosen
 
 T = TypeVar("T")
 
@@ -51,6 +51,29 @@ class Survey:
         self.publications = Publications(
             config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
         )
+
+    @property
+    def config(self) -> Config:
+        """The configuration that it looks by."""
+        return self._config
+
+    async def use(self, config: Config, firewalls: Mapping[Family, Firewall]) -> None:
+        """Look by another configuration from now on; the publications begin anew, with the host ports they had.
+
+        Raises ``ContainerdError`` where containers of other namespaces are looked for.
+        """
+        before, watched = self.publications, self._config.containerd.namespaces
+        self._config, self._firewalls = config, dict(firewalls)
+        self._holders.clear()
+        self.publications = Publications(
+            config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
+        )
+        self.publications.recover(chosen(before))
+        self._judge(self._pods.running)
+        if config.containerd.namespaces != watched:
+            await self.everything()
+        else:
+            await self.node()
 
     async def node(self, *, others: bool = True) -> None:
         """Look at the node itself; with ``others`` also at who else holds host ports in the kernel's tables."""

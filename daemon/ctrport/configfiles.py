@@ -1,0 +1,77 @@
+"""The files of the configuration: read as one, and watched for changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from .config import PARTS, Config, parse
+
+#: Seconds to wait after a change for more: a new version is often several files, or one written in pieces.
+PAUSE = 0.1
+
+
+class Unreadable(Exception):
+    """A file cannot be read as text; the message is one sentence for people."""
+
+
+def load(path: str) -> Config:
+    """Return the configuration of the file at ``path`` and the parts beside it.
+
+    Raises ``ConfigError`` with every problem they have, or ``Unreadable``.
+    """
+    # A hidden file is an editor's, or half of an upload.
+    parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
+    return parse(_text(Path(path)), path, [(str(part), _text(part)) for part in parts])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from error
+    except OSError as error:
+        raise Unreadable(f"{path}: {error.strerror}; expected a configuration file (--config)") from error
+
+
+# linux/inotify.h. Directories are watched, not files: who writes a new version mostly renames it into place, and the
+# files of a Kubernetes ConfigMap are links to others whose directory is exchanged.
+_CLOSE_WRITE, _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x8, 0x40, 0x80, 0x100, 0x200
+_ANY_CHANGE = _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
+_ONLY_DIRECTORY = 0x01000000
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+async def changes(path: str) -> AsyncIterator[None]:
+    """Yield whenever the files of the configuration at ``path`` may have changed. Raises ``OSError``."""
+    directory = Path(path).parent
+    watching = _checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+    changed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(watching, changed.set)
+    try:
+        _checked(_LIBC.inotify_add_watch(watching, os.fsencode(directory), _ANY_CHANGE | _ONLY_DIRECTORY))
+        while True:
+            # It may have come just now, and is followed to where it is then.
+            _LIBC.inotify_add_watch(watching, os.fsencode(directory / PARTS), _ANY_CHANGE | _ONLY_DIRECTORY)
+            await changed.wait()
+            await asyncio.sleep(PAUSE)
+            changed.clear()
+            with contextlib.suppress(BlockingIOError):
+                while os.read(watching, 1 << 16):
+                    pass  # what it was is seen by reading the files
+            yield
+    finally:
+        loop.remove_reader(watching)
+        os.close(watching)
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
