@@ -131,6 +131,12 @@ def inside(pid: int, namespaces: Sequence[str], work: Callable[[], T]) -> T:
     return _Errand(enter_and_work).result()
 
 
+def stands_still(pid: int) -> bool:
+    """Whether no thread of a process runs, as after SIGSTOP: that takes a moment to reach the last of them."""
+    stats = [stat.read_text() for stat in Path("/proc", str(pid), "task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] in "Tt" for stat in stats)
+
+
 def end_process(process: subprocess.Popen[Any], within: float = 5.0) -> None:
     """End a program, politely first, and close its pipes."""
     if process.poll() is None:

@@ -30,7 +30,7 @@ from typing import Literal
 
 from embedded.container import Container
 from embedded.cri import CRI_CONFIG, CRI_NAMESPACE, IMAGES, SNAPSHOTTER, Cri, HostPort, Pod, sandbox_config
-from embedded.host import Host, Place
+from embedded.host import Host, Place, stands_still
 from embedded.image import make_archive, make_rootfs
 from embedded.network import CONFIGS, Kind, Network
 from embedded.tables import comparable
@@ -222,6 +222,9 @@ class Node(Host):
         """Make containerd hang: connections stay, answers and events do not come."""
         self._signal_containerd(signal.SIGSTOP)
         self._containerd_paused = True
+        containerd = self._containerd
+        assert containerd is not None
+        eventually(lambda: stands_still(containerd.pid), what="containerd standing still")
 
     def continue_containerd(self) -> None:
         """End the hang, as if nothing had been."""

@@ -8,7 +8,7 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,6 +16,8 @@ from embedded.host import Place
 from embedded.wait import eventually
 
 __all__ = [
+    "BOTH_FAMILIES",
+    "BOTH_KINDS",
     "Outcome",
     "Refused",
     "Reply",
@@ -23,9 +25,11 @@ __all__ = [
     "TimedOut",
     "Unreachable",
     "Visit",
+    "connected",
     "eventually",
     "probe_tcp",
     "probe_udp",
+    "serve",
 ]
 
 
@@ -219,6 +223,24 @@ class Server:
         return f"{self.name} {visit.peer} {visit.peer_port} {visit.port}\n".encode()
 
 
+#: For `serve`: TCP and UDP, and the wildcards of IPv4 and IPv6.
+BOTH_KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+BOTH_FAMILIES = ("0.0.0.0", "::")
+
+
+def serve(
+    place: Place,
+    *ports: int,
+    kinds: Iterable[socket.SocketKind] = BOTH_KINDS,
+    addresses: Sequence[str] = ("0.0.0.0",),
+    name: str | None = None,
+) -> None:
+    """Have servers of all those kinds at all those addresses of a place, each on all of the ports; IPv4 by default."""
+    for kind in kinds:
+        for address in addresses:
+            Server(place, ports, kind=kind, name=name, address=address)
+
+
 def probe_tcp(
     place: Place,
     address: str,
@@ -275,6 +297,21 @@ def probe_udp(
         client.send(b"who?\n")
         outcome.append(_reply(client, client.recv(65536)))
     return outcome[0]
+
+
+@contextlib.contextmanager
+def connected(place: Place, address: str, port: int) -> Iterator[Callable[[], bool]]:
+    """Keep a connection; what is given says whether it is still answered, and by the same server."""
+    with place.socket() as client:
+        client.settimeout(2)
+        client.connect((address, port))
+        first = client.recv(100)
+
+        def answered() -> bool:
+            client.sendall(b"still there?\n")
+            return client.recv(100) == first
+
+        yield answered
 
 
 def _family(address: str) -> socket.AddressFamily:

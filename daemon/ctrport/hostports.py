@@ -195,19 +195,6 @@ class Reservations:
         if taken is not None:
             self._drop(taken.cells)
 
-    def free(self, claim: Claim) -> bool:
-        """Whether every port of ``claim`` is still to be had: neither held here nor in use by anybody.
-
-        For choosing a port. Looks also where the limit is 0: a port chosen blindly could be one that the node needs.
-        """
-        for cell in _cells(claim):
-            try:
-                _bind(cell, reuse=False).close()  # which fails at a socket of ours as well
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-                    return False
-        return True
-
     def in_use(self, claim: Claim) -> list[tuple[Address, int]]:
         """Return where ``claim`` meets a socket of another, whatever it is for; what is held here does not count.
 

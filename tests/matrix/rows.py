@@ -246,7 +246,8 @@ def host_localhost(world: World) -> Seen:
 
 
 def host_localhost6(world: World) -> Seen:
-    return _from(world, world.street.node, world.localhost, PUBLISHED, WEB)
+    timeout = NOT_TO_COME if Seen.SILENT in _reserved(world.setting) else 2.0
+    return _from(world, world.street.node, world.localhost, PUBLISHED, WEB, timeout)
 
 
 # From containers.

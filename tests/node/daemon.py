@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embedded.host import end_process
+from embedded.host import end_process, stands_still
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, probe_tcp
 from embedded.wait import eventually
@@ -34,6 +34,19 @@ os.setgid(65534)
 os.setuid(65534)
 ctrport.cli.main()
 """
+
+_WITH_TICK = """
+import sys
+import ctrport.cli, ctrport.reconcile
+ctrport.reconcile.TICK = float(sys.argv.pop(1))
+ctrport.cli.main()
+"""
+
+#: Seconds between two looks of a daemon that is to see something soon: see ``Ctrport.start``.
+OFTEN = 1.0
+
+#: Where Python keeps what it makes of sources: not beside them, and not anew in each of a thousand processes.
+BYTECODE = {"PYTHONPYCACHEPREFIX": str(ROOT / ".pytest_cache" / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
 
 
 class Ctrport:
@@ -55,18 +68,21 @@ class Ctrport:
         wait: bool = True,
         env: dict[str, str] | None = None,
         behind: tuple[str, ...] = (),
+        tick: float | None = None,
         files: tuple[int, ...] = (),
     ) -> None:
         """Start the daemon; ``wait`` until it has been all round once.
 
-        ``env`` is added to its environment. ``behind`` is the program that starts it, with its arguments, and ``files``
-        are what that program gets.
+        ``env`` is added to its environment, and ``behind`` is the program that starts it, with its arguments. ``tick``
+        is how many seconds it looks round after without being told, where a test is not about how many these are.
+        ``files`` are what that program gets.
         """
+        arguments = ("run", "--config", str(self.config), *options)
+        argv = self._argv(*arguments) if tick is None else [sys.executable, "-c", _WITH_TICK, str(tick), *arguments]
         with self.log.open("a") as log:
-            argv = (*behind, *self._argv("run", "--config", str(self.config), *options))
-            self._process = self.node.spawn(
-                *argv, env={**self._environment(), **(env or {})}, stderr=log, pass_fds=files
-            )
+            argv = [*behind, *argv]
+            environment = {**self._environment(), **(env or {})}
+            self._process = self.node.spawn(*argv, env=environment, stderr=log, pass_fds=files)
         if wait:
             eventually(self.in_line, what="the daemon being in line")
 
@@ -96,6 +112,11 @@ class Ctrport:
             return {"running": False, "containerd": "", "firewall": "", "publications": []}
         status: dict[str, Any] = json.loads(path.read_text())
         return status
+
+    @property
+    def transactions(self) -> int:
+        """How many times it says that it has written to the kernel."""
+        return int(self.status()["transactions"])
 
     def publication(self, mapping: str, container: str | None = None) -> dict[str, Any]:
         """What it says of a mapping: raises AssertionError where it says nothing."""
@@ -154,6 +175,7 @@ class Ctrport:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         try:
+            eventually(lambda: stands_still(self.pid), what="the daemon standing still")
             yield
         finally:
             self._process.send_signal(signal.SIGCONT)
@@ -164,7 +186,7 @@ class Ctrport:
 
     @staticmethod
     def _environment() -> dict[str, str]:
-        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1"}
+        return {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "daemon"), **BYTECODE}
 
 
 # Binds like any server, says its pid, and goes on until it is ended.

@@ -1,4 +1,4 @@
-"""The daemon's modules on a node without the daemon: one function called in a process of its own there."""
+"""The daemon's modules on a node without the daemon: functions called in a process of its own there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import os
 import pickle
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from ctrport.endpoints import Endpoints
 from ctrport.model import Endpoint, Obstacle
 from embedded.container import Container
 from embedded.node import Node
+from tests.node.daemon import BYTECODE, ROOT
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
+ENVIRONMENT = {"PYTHONPATH": f"{ROOT / 'daemon'}:{ROOT}", "PATH": os.environ["PATH"], **BYTECODE}
 _CALL = "from tests.node.modules import answer; answer()"
 
 
@@ -31,6 +30,15 @@ def call(node: Node, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     said = node.run(sys.executable, "-c", _CALL, input=asked, env=ENVIRONMENT).stdout
     answered: T = pickle.loads(base64.b64decode(said))
     return answered
+
+
+def call_each(node: Node, *asked: tuple[Any, ...]) -> list[Any]:
+    """Return what functions return that are called one after another, each given with its arguments."""
+    return call(node, _each, asked)
+
+
+def _each(asked: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    return [function(*args) for function, *args in asked]
 
 
 def run(node: Node, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

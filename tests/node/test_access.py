@@ -15,7 +15,18 @@ import pytest
 from embedded.container import Container
 from embedded.host import Place
 from embedded.node import Node
-from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp
+from embedded.traffic import (
+    BOTH_FAMILIES,
+    Outcome,
+    Refused,
+    Reply,
+    Server,
+    TimedOut,
+    eventually,
+    probe_tcp,
+    probe_udp,
+    serve,
+)
 from tests.node.daemon import Ctrport
 
 OTHER, OTHER6 = "198.51.100.10", "2001:db8:51::10"  # the client's other addresses
@@ -72,9 +83,7 @@ def street() -> Iterator[Street]:
         node.client.run("ip", "address", "add", f"{OTHER}/24", "dev", "eth0")
         node.client.run("ip", "address", "add", f"{OTHER6}/64", "dev", "eth0", "nodad")
         web, sibling = node.start("web"), node.start("sibling")
-        for address in ("0.0.0.0", "::"):
-            Server(web, [*(port - 1000 for port in PORTS), *SAME], address=address)
-            Server(web, [port - 1000 for port in PORTS], address=address, kind=socket.SOCK_DGRAM)
+        serve(web, *(port - 1000 for port in PORTS), *SAME, addresses=BOTH_FAMILIES)
         ctrport = Ctrport(node)
         ctrport.configure(declarations())
         ctrport.start()
@@ -256,9 +265,7 @@ def narrowed(sources: str) -> str:
 def test_who_is_let_in_from_now_on_is_and_who_is_no_longer_is_not(node: Node, ctrport: Ctrport) -> None:
     # Other sources take a restart. A client that kept asking meanwhile is let in by his next datagram.
     node.client.run("ip", "address", "add", f"{OTHER}/24", "dev", "eth0")
-    web = node.start("web")
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(web, 80, kind=kind)
+    serve(node.start("web"), 80)
 
     def reached(source: str) -> bool:
         return isinstance(probe_tcp(node.client, node.address, 8080, source=(source, 0)), Reply)
@@ -280,9 +287,7 @@ def test_who_is_let_in_from_now_on_is_and_who_is_no_longer_is_not(node: Node, ct
 def test_who_is_no_longer_let_in_loses_his_flow_too(node: Node, ctrport: Ctrport, before: str) -> None:
     # He would keep it for as long as he goes on asking: a flow is looked up in the rules once.
     node.client.run("ip", "address", "add", f"{OTHER}/24", "dev", "eth0")
-    web = node.start("web")
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(web, 80, kind=kind)
+    serve(node.start("web"), 80)
     ctrport.configure(narrowed(before))
     ctrport.start()
     with node.client.socket(socket.SOCK_DGRAM) as client, node.client.socket() as connected:
@@ -312,9 +317,7 @@ def test_a_container_whose_default_route_is_another_host(masquerade: str) -> Non
         node.start_containerd()
         node.add_network("docker0", subnet6="fd00:17::/64")
         web, sibling = node.start("web"), node.start("sibling")
-        for address in ("0.0.0.0", "::"):
-            Server(web, 80, address=address)
-        Server(web, 80, kind=socket.SOCK_DGRAM)
+        serve(web, 80, addresses=BOTH_FAMILIES)
         assert sibling.address is not None
         assert sibling.address6 is not None
         web.run("ip", "route", "replace", "default", "via", sibling.address)  # who forwards nothing
@@ -332,7 +335,7 @@ def test_a_container_whose_default_route_is_another_host(masquerade: str) -> Non
 
 
 def see_who_is_answered(node: Node, sibling: Container, *, everyone: bool) -> None:
-    timeout = 2 if everyone else 0.3
+    timeout = 2 if everyone else 0.2
     for address, own in ((node.address, "172.17.0.1"), (node.address6, "fd00:17::1")):
         for place in (node.client, node):
             outcome = probe_tcp(place, address, 8080, timeout=timeout)

@@ -15,8 +15,10 @@ import pytest
 
 from embedded.container import Container
 from embedded.node import Node
-from embedded.traffic import Refused, Reply, Server, probe_tcp, probe_udp
+from embedded.traffic import Refused, Reply, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport, Listener, publish
+
+pytestmark = pytest.mark.node_of_many
 
 SHOP = "{labels: {app: shop}}"
 REMOVE = "firewall: {on_stop: remove}"
@@ -35,19 +37,18 @@ def node() -> Iterator[Node]:
 
 
 @pytest.fixture
-def ctrport(node: Node) -> Iterator[Ctrport]:
-    ctrport = Ctrport(node)
+def ctrport(node: Node, ctrport: Ctrport) -> Iterator[Ctrport]:
+    """ctrport on that node: none of its ports is there for the next to recover."""
     yield ctrport
     ctrport.close()
     if rules(node):
-        ctrport.run("clean")  # or the next would recover these ports
+        ctrport.run("clean")
 
 
 def started(node: Node, name: str) -> Container:
     """Start a container of the shop; it serves TCP and UDP on two ports."""
     container = node.start(name, labels={"app": "shop"})
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(container, (80, 81), kind=kind)
+    serve(container, 80, 81)
     return container
 
 

@@ -26,7 +26,9 @@ from ctrport.containerd import (
 )
 from ctrport.model import ContainerKey
 from embedded.container import Container
+from embedded.host import stands_still
 from embedded.node import Node
+from embedded.wait import eventually
 
 pytestmark = pytest.mark.asyncio
 
@@ -69,6 +71,7 @@ def stopped(pids: list[int]) -> Iterator[None]:
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
     try:
+        eventually(lambda: all(map(stands_still, pids)), what="these processes standing still")
         yield
     finally:
         for pid in pids:
@@ -221,9 +224,9 @@ async def test_a_shim_that_hangs_leaves_its_container_unknown_and_the_others_lis
     async with there(node) as containerd:
         with stopped([shim_of(container) for container in hung]):
             # Three at 2 s each outlast the deadline of the call that asks for all.
+            of_one = [asyncio.ensure_future(containerd.container(key(each))) for each in (hung[0], well)]
             assert await containerd.containers("default") == expected
-            assert await containerd.container(key(hung[0])) == expected[0]
-            assert await containerd.container(key(well)) == expected[-1]
+            assert [await each for each in of_one] == [expected[0], expected[-1]]
         found = await containerd.container(key(hung[0]))
         assert found is not None
         assert found.pid == hung[0].pid

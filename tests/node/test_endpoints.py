@@ -8,7 +8,7 @@ from embedded.container import Container
 from embedded.host import Place
 from embedded.node import Node
 from embedded.traffic import Refused, Server, eventually, probe_tcp
-from tests.node.daemon import Ctrport, publish, wait_open
+from tests.node.daemon import OFTEN, Ctrport, publish, wait_open
 
 WEB = publish(("{container: web}", "8080:80"))
 MAPPING = "8080:80/tcp"
@@ -188,7 +188,7 @@ def test_a_container_that_gets_its_network_later_is_published_then(node: Node, c
     web = node.start("web", network=None)
     Server(web, 80)
     ctrport.configure(WEB)
-    ctrport.start()
+    ctrport.start(tick=OFTEN)
     ctrport.wait_for(MAPPING, "waiting", "web")
     veth(node, web)
     node.script("ip address add 10.9.0.1/24 dev veth1; ip link set veth1 up")

@@ -18,18 +18,11 @@ from ctrport.node import look
 from embedded.container import Container
 from embedded.host import Place
 from embedded.node import Node
-from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp, probe_udp
+from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport
 from tests.node.modules import call, find, run
 
 DNS = socket.SOCK_DGRAM
-
-
-@pytest.fixture
-def node(node: Node) -> Node:
-    """A node that says each time that a port is closed: by default a client is told of it once a second."""
-    node.sysctl("net/ipv4/icmp_ratelimit", 0)
-    return node
 
 
 class Persistent:
@@ -148,9 +141,8 @@ def test_no_flow_of_a_mapping_is_left_and_no_other_to_that_port_is_touched(node:
     before = node.tables()
     ctrport.configure('publish:\n  - match: {container: dns}\n    ports: ["53:53/udp", "53:53/tcp"]\n')
     dns, sibling = node.start("dns"), node.start("sibling")
-    for kind in (socket.SOCK_STREAM, DNS):
-        Server(dns, 53, kind=kind)
-        Server(node.client, 53, kind=kind, address=node.client_address, name="resolver")
+    serve(dns, 53)
+    serve(node.client, 53, addresses=[node.client_address], name="resolver")
     ctrport.start()
     for place in (node.client, node, sibling):
         assert isinstance(probe_udp(place, node.address, 53), Reply)

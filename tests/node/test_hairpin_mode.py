@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-
 import pytest
 
 from ctrport import hairpin
 from ctrport.model import Endpoint
 from embedded.container import Container
 from embedded.node import Node
-from embedded.traffic import Reply, Server, eventually, probe_tcp, probe_udp
+from embedded.traffic import BOTH_FAMILIES, Reply, eventually, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport, publish, wait_open
 from tests.node.modules import call, find
+
+pytestmark = pytest.mark.docker0(subnet6="fd00:17::/64", hairpin=False)  # its plugin switches no hairpin mode on
 
 SECOND = "198.51.100.3"
 LATER = ("{container: later}", "8081:80")
@@ -21,13 +20,10 @@ SWITCHES = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables")
 
 
 @pytest.fixture
-def node() -> Iterator[Node]:
-    """A node whose plugin switches no hairpin mode on, and where iptables is asked about bridged frames."""
-    with Node() as node:
-        node.start_containerd()
-        node.add_network("docker0", subnet6="fd00:17::/64", hairpin=False)
-        set_switches(node, 1)
-        yield node
+def node(node: Node) -> Node:
+    """That node, where iptables is asked about bridged frames."""
+    set_switches(node, 1)
+    return node
 
 
 def set_switches(node: Node, value: int) -> None:
@@ -47,15 +43,9 @@ def is_on(node: Node, port: str) -> bool:
     return call(node, hairpin.is_on, port)
 
 
-def serve(web: Container, *ports: int) -> None:
-    for address in ("0.0.0.0", "::"):
-        Server(web, ports, address=address)
-    Server(web, ports, kind=socket.SOCK_DGRAM)
-
-
 def test_a_container_reaches_its_own_port_where_bridged_frames_are_asked_about(node: Node, ctrport: Ctrport) -> None:
     web, bystander = node.start("web"), node.start("bystander")
-    serve(web, 80)
+    serve(web, 80, addresses=BOTH_FAMILIES)
     ctrport.configure(publish(*(("{container: web}", f"8080:80/{kind}") for kind in ("tcp", "udp")), LATER))
     port, its = port_of(node, web), port_of(node, bystander)
     assert not is_on(node, port)
@@ -70,7 +60,7 @@ def test_a_container_reaches_its_own_port_where_bridged_frames_are_asked_about(n
         assert isinstance(reply, Reply)
         assert reply.name == "web"
     later = node.start("later")
-    serve(later, 80)
+    serve(later, 80, addresses=BOTH_FAMILIES)
     ctrport.wait_for("8081:80/tcp", "active")
     assert is_on(node, port_of(node, later))
     assert isinstance(probe_tcp(later, node.address, 8081), Reply)
@@ -80,7 +70,7 @@ def test_it_is_on_until_the_last_mapping_leaves(node: Node, ctrport: Ctrport) ->
     for address in (SECOND, "2001:db8:51::3"):
         node.add_address(address)
     web = node.start("web")
-    serve(web, 80)
+    serve(web, 80, addresses=BOTH_FAMILIES)
     port = port_of(node, web)
     one, other = f"{SECOND}:8080:80", "[2001:db8:51::3]:8081:80"
     ctrport.configure(publish(("{container: web}", one), ("{container: web}", other)))
@@ -129,7 +119,7 @@ def test_it_is_left_alone_where_it_is_not_needed(node: Node, ctrport: Ctrport, a
 def test_it_is_left_alone_where_bridged_frames_are_not_asked_about(node: Node, ctrport: Ctrport) -> None:
     set_switches(node, 0)
     web = node.start("web")
-    serve(web, 80)
+    serve(web, 80, addresses=BOTH_FAMILIES)
     ctrport.configure(publish(("{container: web}", "8080:80")))
     ctrport.start()
     wait_open(node, 8080, "web")

@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from collections.abc import Iterator
 
 import pytest
 
-from embedded.host import Place
 from embedded.node import Node
-from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp, probe_udp
-from tests.node.daemon import Ctrport, publish, wait_closed, wait_open
+from embedded.traffic import BOTH_FAMILIES, Refused, Reply, Server, eventually, probe_tcp, probe_udp, serve
+from tests.node.daemon import OFTEN, Ctrport, publish, wait_closed, wait_open
+
+pytestmark = pytest.mark.docker0(subnet6="fd00:17::/64")
 
 ADDRESS6 = Node.address6
 COMING = "2001:db8:51::77"
-
-
-@pytest.fixture
-def node() -> Iterator[Node]:
-    """A node whose first network has both families."""
-    with Node() as node:
-        node.start_containerd()
-        node.add_network("docker0", subnet6="fd00:17::/64")
-        yield node
 
 
 def served(node: Node, port: int) -> dict[str, str]:
@@ -38,12 +29,6 @@ def served(node: Node, port: int) -> dict[str, str]:
     return answers
 
 
-def serve(place: Place, *ports: int) -> None:
-    for address in ("0.0.0.0", "::"):
-        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-            Server(place, ports, kind=kind, address=address)
-
-
 def test_a_mapping_serves_each_family_that_the_container_has_and_the_host_ip_is_of(
     node: Node, ctrport: Ctrport
 ) -> None:
@@ -53,7 +38,7 @@ def test_a_mapping_serves_each_family_that_the_container_has_and_the_host_ip_is_
     networks = {"dual": node.networks[0], "four": four, "six": six}
     containers = [node.start(name, network=network) for name, network in networks.items()]
     for container in containers:
-        serve(container, 80)
+        serve(container, 80, addresses=BOTH_FAMILIES)
     ctrport.configure(
         publish(
             ("{container: dual}", "8080:80"),
@@ -154,10 +139,10 @@ def test_plan_shows_what_it_would_change_of_ipv6(node: Node, ctrport: Ctrport) -
 
 
 def test_a_node_that_forwards_no_ipv6_serves_ipv4_until_it_does(node: Node, ctrport: Ctrport) -> None:
-    serve(node.start("web"), 80)
+    serve(node.start("web"), 80, addresses=BOTH_FAMILIES)
     node.sysctl("net/ipv6/conf/all/forwarding", 0)  # CNI has just switched it on
     ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "[::]:8081:80")))
-    ctrport.start()
+    ctrport.start(tick=OFTEN)
     assert served(node, 8080) == {"IPv4": "web"}
     assert served(node, 8081) == {}
     publication = ctrport.wait_for("[::]:8081:80/tcp", "waiting")
@@ -169,7 +154,7 @@ def test_a_node_that_forwards_no_ipv6_serves_ipv4_until_it_does(node: Node, ctrp
         client.connect((node.address, 8080))
         said = client.recv(200)
         node.sysctl("net/ipv6/conf/all/forwarding", 1)
-        ctrport.wait_for("[::]:8081:80/tcp", "active", within=11)  # seen at the next tick, of 10 s
+        ctrport.wait_for("[::]:8081:80/tcp", "active")  # seen at the next tick
         client.send(b"more\n")
         assert client.recv(200) == said
     assert served(node, 8080) == {"IPv4": "web", "IPv6": "web"}
@@ -183,7 +168,7 @@ def test_a_node_without_ip6tables_serves_ipv4_and_says_so(node: Node, ctrport: C
         found = shutil.which(name)
         assert found is not None
         (programs / name).symlink_to(found)
-    serve(node.start("web"), 80)
+    serve(node.start("web"), 80, addresses=BOTH_FAMILIES)
     ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "[::]:8081:80")))
     without = {"PATH": str(programs)}
     ctrport.start(env=without)
@@ -199,7 +184,7 @@ def test_a_node_without_ip6tables_serves_ipv4_and_says_so(node: Node, ctrport: C
 
 def test_a_mapping_follows_an_address_of_the_node_that_comes_and_goes(node: Node, ctrport: Ctrport) -> None:
     mapping = f"[{COMING}]:8080:80"
-    serve(node.start("web"), 80)
+    serve(node.start("web"), 80, addresses=BOTH_FAMILIES)
     ctrport.configure(publish(("{container: web}", mapping), ("{container: web}", "8081:80")))
     ctrport.start()
     assert ctrport.publication(f"{mapping}/tcp")["reason"] == f"{COMING} is not an address of this node"
@@ -219,7 +204,7 @@ def test_a_mapping_follows_an_address_of_the_node_that_comes_and_goes(node: Node
 
 def test_the_end_of_a_container_closes_both_families(node: Node, ctrport: Ctrport) -> None:
     web = node.start("web")
-    serve(web, 80)
+    serve(web, 80, addresses=BOTH_FAMILIES)
     ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "8080:80/udp")))
     ctrport.start()
     with node.client.socket(socket.SOCK_DGRAM, socket.AF_INET6) as client:

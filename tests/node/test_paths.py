@@ -16,7 +16,7 @@ from embedded.container import Container
 from embedded.host import Place
 from embedded.loopback import loopback_goes_to
 from embedded.node import Node
-from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp
+from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport
 
 SECOND = "198.51.100.3"  # another address of the node on the LAN
@@ -30,11 +30,6 @@ GUARD = ("-d 127.0.0.0/8", "-s 127.0.0.0/8")
 def probe(place: Place, address: str, port: int, protocol: str, *, timeout: float = 2) -> Outcome:
     ask = probe_tcp if protocol == "tcp" else probe_udp
     return ask(place, address, port, timeout=timeout)
-
-
-def serve(web: Container, *ports: int) -> None:
-    for kind in KINDS.values():
-        Server(web, ports, kind=kind)
 
 
 def rules(node: Node, table: str, chain: str) -> list[str]:
@@ -229,13 +224,6 @@ def test_no_path_is_left_after_the_containers_ended() -> None:
 # 127.0.0.0/8: from the host alone. (CVE-2020-8558)
 
 
-@pytest.fixture
-def node(node: Node) -> Node:
-    """A node that says each time that a port is closed: by default a client is told of it once a second."""
-    node.sysctl("net/ipv4/icmp_ratelimit", 0)
-    return node
-
-
 def remove_guard(node: Node) -> None:
     for rule in rules(node, "raw", "PREROUTING"):
         # As a shell reads it: the comment is quoted.
@@ -293,8 +281,7 @@ def test_a_container_does_not_reach_what_the_host_serves_on_127_0_0_1(node: Node
     node.sysctl("net/bridge/bridge-nf-call-iptables", nf)
     web, thief = node.start("web"), node.start("thief")
     serve(web, 80)
-    for kind in KINDS.values():
-        Server(node, 7000, kind=kind, address="127.0.0.1", name="private")
+    serve(node, 7000, addresses=["127.0.0.1"], name="private")
     ctrport.configure('publish:\n  - match: {container: web}\n    ports: ["8080:80"]\n')
     ctrport.start()
     with loopback_goes_to("172.17.0.1", thief):
@@ -342,7 +329,7 @@ def test_without_localhost_127_0_0_1_is_refused_and_all_else_works(node: Node, c
     for protocol in KINDS:
         # What reserves the host port refuses tcp, and drops udp.
         meets_nobody = Refused if protocol == "tcp" else TimedOut
-        assert isinstance(probe(node, "127.0.0.1", 8080, protocol), meets_nobody)
+        assert isinstance(probe(node, "127.0.0.1", 8080, protocol, timeout=0.3), meets_nobody)
         for place in (node.client, node, web, sibling):
             assert isinstance(probe(place, node.address, 8080, protocol), Reply), place.name
     assert isinstance(probe(node, "127.0.0.1", 8081, "tcp"), Refused)

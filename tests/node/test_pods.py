@@ -11,7 +11,7 @@ import pytest
 from embedded.cri import Pod
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, Server, TimedOut, eventually, probe_tcp
-from tests.node.daemon import Ctrport, publish, wait_closed, wait_open
+from tests.node.daemon import OFTEN, Ctrport, publish, wait_closed, wait_open
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def node() -> Iterator[Node]:
         yield node
 
 
-def started(ctrport: Ctrport, *entries: tuple[str, str]) -> None:
+def started(ctrport: Ctrport, *entries: tuple[str, str], tick: float | None = None) -> None:
     ctrport.configure(publish(*entries))
-    ctrport.start()
+    ctrport.start(tick=tick)
 
 
 def pods(ctrport: Ctrport) -> list[tuple[str, str]]:
@@ -35,11 +35,9 @@ def pods(ctrport: Ctrport) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("network", [0, 1], ids=["bridge", "routed"])
-@pytest.mark.parametrize("policy", ["ACCEPT", "DROP"])
 def test_a_pod_is_published_once_whichever_of_its_containers_matches(
-    node: Node, ctrport: Ctrport, network: int, policy: str
+    node: Node, ctrport: Ctrport, network: int
 ) -> None:
-    node.run("iptables-nft", "-P", "FORWARD", policy)
     started(ctrport, ("{container: redis}", "6379:80"), ('{pod: {name: "redis-*"}}', "6379:80"))
     pod = node.start_pod("redis-0", namespace="prod", network=node.networks[network])
     Server(pod, 80)
@@ -52,11 +50,13 @@ def test_a_pod_is_published_once_whichever_of_its_containers_matches(
         pod.id,
         "k8s.io",
     )
-    reply = probe_tcp(node.client, node.address, 6379)
-    assert isinstance(reply, Reply)
-    assert reply.peer == node.client_address
-    for host, address in ((node, "127.0.0.1"), (node, node.address), (pod, node.address)):
-        assert isinstance(probe_tcp(host, address, 6379), Reply), (host.name, address)
+    for policy in ("ACCEPT", "DROP"):
+        node.run("iptables-nft", "-P", "FORWARD", policy)
+        reply = probe_tcp(node.client, node.address, 6379)
+        assert isinstance(reply, Reply), policy
+        assert reply.peer == node.client_address
+        for host, address in ((node, "127.0.0.1"), (node, node.address), (pod, node.address)):
+            assert isinstance(probe_tcp(host, address, 6379), Reply), (policy, host.name, address)
     assert "pod:prod/redis-0" in ctrport.run("ps").stdout
     node.remove_pod(pod)
     wait_closed(node, 6379)
@@ -116,7 +116,7 @@ def test_a_pod_that_is_made_anew_under_its_name_moves_its_mapping(node: Node, ct
         Server(new, 80, name="new")
     assert (new.id, new.address) != (old.id, old.address)
     wait_open(node, 6379, "new")
-    assert ctrport.wait_for("6379:80/tcp", "active")["container"] == new.id
+    ctrport.wait_for("6379:80/tcp", "active", new.id)
 
 
 def test_a_pod_whose_sandbox_dies_is_withdrawn(node: Node, ctrport: Ctrport) -> None:
@@ -155,13 +155,13 @@ def test_a_host_port_of_a_pod_is_a_conflict_that_is_named(node: Node, ctrport: C
     Server(other, 80)
     pod = node.start_pod("shop")
     Server(pod, 80)
-    started(ctrport, ("{pod: {name: shop}}", "8080:80"), ("{pod: {name: shop}}", "8081:80"))
+    started(ctrport, ("{pod: {name: shop}}", "8080:80"), ("{pod: {name: shop}}", "8081:80"), tick=OFTEN)
     publication = ctrport.wait_for("8080:80/tcp", "conflict")
     assert publication["reason"] == "host port 8080/tcp is held by CNI-HOSTPORT-DNAT"
     wait_open(node, 8080, "gateway")
     wait_open(node, 8081, "shop")
     node.remove_pod(other)
-    ctrport.wait_for("8080:80/tcp", "active", within=15)  # there is no event of it: the tick sees it
+    ctrport.wait_for("8080:80/tcp", "active")  # there is no event of it: the tick sees it
     wait_open(node, 8080, "shop")
 
 

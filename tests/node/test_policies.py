@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 
 from embedded.node import Node
-from embedded.traffic import Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp
+from embedded.traffic import Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport
 
 WEB = 'publish:\n  - match: {container: web}\n    ports: ["8080:80", "8080:80/udp"]\n'
@@ -17,13 +15,6 @@ iptables-nft -N KUBE-FORWARD
 iptables-nft -A KUBE-FORWARD -m conntrack --ctstate INVALID -j DROP
 iptables-nft -A FORWARD -j KUBE-FORWARD
 """
-
-
-@pytest.fixture
-def node(node: Node) -> Node:
-    """A node that says each time that a port is closed: by default a client is told of it once a second."""
-    node.sysctl("net/ipv4/icmp_ratelimit", 0)
-    return node
 
 
 def forward(node: Node) -> list[str]:
@@ -63,8 +54,7 @@ def test_without_kube_proxy_what_is_published_is_asked_first(node: Node, ctrport
     node.run("iptables-nft", "-A", "FORWARD", "-j", "REJECT")
     before = node.tables()
     web = node.start("web")
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(web, [80, 81], kind=kind)
+    serve(web, 80, 81)
     ctrport.configure(WEB)
     ctrport.start()
     assert forward(node)[:2] == ["DOCKER-USER", "DOCKER-FORWARD"]
@@ -122,8 +112,7 @@ def test_a_service_of_others_to_the_same_container_is_not_let_in(node: Node, ctr
     before = node.tables()
     node.client.run("ip", "route", "add", "10.96.0.0/16", "via", node.address)
     web = node.start("web")
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(web, 80, kind=kind)
+    serve(web, 80)
     kube_services(node, web.address)
     ctrport.configure(WEB)
     ctrport.start()
@@ -149,8 +138,7 @@ def test_a_service_of_others_to_the_same_container_is_not_let_in(node: Node, ctr
 def test_a_sibling_keeps_its_address_towards_a_service_of_others(node: Node, ctrport: Ctrport) -> None:
     node.sysctl("net/bridge/bridge-nf-call-iptables", 1)  # or the answers would go past the service's translation
     web, sibling = node.start("web"), node.start("sibling")
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        Server(web, 80, kind=kind)
+    serve(web, 80)
     kube_services(node, web.address)
     ctrport.configure(WEB)
     ctrport.start()

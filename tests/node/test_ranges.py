@@ -7,56 +7,46 @@ import socket
 import pytest
 
 from embedded.node import Node
-from embedded.traffic import Outcome, Refused, Reply, Server, eventually, probe_tcp, probe_udp
+from embedded.traffic import Outcome, Refused, Reply, eventually, probe_tcp, probe_udp, serve
 from tests.node.daemon import Ctrport
 
 SECOND = "198.51.100.3"  # another address of the node on the LAN
-KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 PORTS = 10
 
 #: By what it shows: the first host port, the first container port, and how many DNAT rules it takes.
 RANGES = {"same ports": (9000, 9000, 1), "offset": (8000, 9000, PORTS)}
 
 
-@pytest.fixture
-def node(node: Node) -> Node:
-    """A node that says each time that a port is closed: by default a client is told of it once a second."""
-    node.sysctl("net/ipv4/icmp_ratelimit", 0)
-    return node
-
-
-@pytest.mark.parametrize("protocol", KINDS)
 @pytest.mark.parametrize(("first", "inside", "rules"), RANGES.values(), ids=RANGES)
-def test_each_port_of_a_range_is_its_own(
-    node: Node, ctrport: Ctrport, protocol: str, first: int, inside: int, rules: int
-) -> None:
-    def probe(port: int) -> Outcome:
-        return (probe_tcp if protocol == "tcp" else probe_udp)(node.client, node.address, port)
+def test_each_port_of_a_range_is_its_own(node: Node, ctrport: Ctrport, first: int, inside: int, rules: int) -> None:
+    def probe(port: int) -> list[Outcome]:
+        return [ask(node.client, node.address, port) for ask in (probe_tcp, probe_udp)]
+
+    def refused(port: int) -> bool:
+        return all(isinstance(outcome, Refused) for outcome in probe(port))
 
     before = node.tables()
     node.run("iptables-nft", "-P", "FORWARD", "DROP")
     web = node.start("web")
     # It serves the neighbours as well, so that one port too many would answer.
-    Server(web, range(inside - 1, inside + PORTS + 1), kind=KINDS[protocol])
+    serve(web, *range(inside - 1, inside + PORTS + 1))
     last = first + PORTS - 1
-    ctrport.configure(
-        "publish:\n"
-        "  - match: {container: web}\n"
-        f'    ports: ["{first}-{last}:{inside}-{inside + PORTS - 1}/{protocol}"]\n'
-    )
+    ends = f"{first}-{last}:{inside}-{inside + PORTS - 1}"
+    ctrport.configure(f'publish:\n  - match: {{container: web}}\n    ports: ["{ends}/tcp", "{ends}/udp"]\n')
     ctrport.start()
     for port in range(first, last + 1):
-        reply = probe(port)
-        assert isinstance(reply, Reply), port
-        assert (reply.port, reply.peer) == (inside + port - first, node.client_address)
-    assert isinstance(probe(first - 1), Refused)
-    assert isinstance(probe(last + 1), Refused)
-    chain = node.run("iptables-nft", "-t", "nat", "-S", "DOCKER").stdout
-    assert chain.count("-j DNAT") == rules
+        for reply in probe(port):
+            assert isinstance(reply, Reply), port
+            assert (reply.port, reply.peer) == (inside + port - first, node.client_address)
+    assert refused(first - 1)
+    assert refused(last + 1)
+    chain = node.run("iptables-nft", "-t", "nat", "-S", "DOCKER").stdout.splitlines()
+    for protocol in ("tcp", "udp"):
+        assert sum(f"-p {protocol} " in rule and "-j DNAT" in rule for rule in chain) == rules
     node.delete(web)
-    eventually(lambda: isinstance(probe(first), Refused), what="the range being closed")
+    eventually(lambda: refused(first), what="the range being closed")
     for port in range(first - 1, last + 2):
-        assert isinstance(probe(port), Refused), port
+        assert refused(port), port
     assert ctrport.stop() == 0
     ctrport.run("clean")
     node.run("iptables-nft", "-P", "FORWARD", "ACCEPT")
@@ -73,8 +63,7 @@ def test_one_client_port_reaches_the_same_port_at_two_addresses(
 ) -> None:
     node.add_address(SECOND)
     web = node.start("web")
-    for kind in KINDS.values():
-        Server(web, range(inside, inside + PORTS), kind=kind)
+    serve(web, *range(inside, inside + PORTS))
     ends = f"{first}-{first + PORTS - 1}:{inside}-{inside + PORTS - 1}"
     ctrport.configure(f'publish:\n  - match: {{container: web}}\n    ports: ["{ends}/tcp", "{ends}/udp"]\n')
     ctrport.start()

@@ -13,13 +13,25 @@ from functools import partial
 
 import pytest
 
-from ctrport.reconcile import TICK
 from embedded.container import Container
 from embedded.host import Place
 from embedded.network import Network
 from embedded.node import Node
-from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, eventually, probe_tcp, probe_udp
-from tests.node.daemon import Ctrport, Listener, publish, wait_open
+from embedded.traffic import (
+    BOTH_FAMILIES,
+    Outcome,
+    Refused,
+    Reply,
+    Server,
+    TimedOut,
+    eventually,
+    probe_tcp,
+    probe_udp,
+    serve,
+)
+from tests.node.daemon import OFTEN, Ctrport, Listener, publish, wait_open
+
+pytestmark = pytest.mark.node_of_many
 
 SECOND = "198.51.100.3"  # another address of the node on the LAN
 TCP, UDP = socket.SOCK_STREAM, socket.SOCK_DGRAM
@@ -42,19 +54,10 @@ def node() -> Iterator[Node]:
         yield node
 
 
-@pytest.fixture
-def ctrport(node: Node) -> Iterator[Ctrport]:
-    ctrport = Ctrport(node)
-    yield ctrport
-    ctrport.close()
-
-
 def started(node: Node, name: str, network: Network | None = None) -> Container:
     """Start a container that serves TCP and UDP, on IPv4 and IPv6."""
     container = node.start(name, network=network or node.networks[0])
-    for kind in (TCP, UDP):
-        Server(container, range(80, 90), kind=kind)
-        Server(container, range(80, 90), kind=kind, address="::")
+    serve(container, *range(80, 90), addresses=BOTH_FAMILIES)
     return container
 
 
@@ -248,7 +251,7 @@ def test_who_holds_a_port_is_named_and_it_is_had_when_they_end(node: Node, ctrpo
             "8086:86/tcp": "host port 8086/tcp is held by KUBE-NODEPORTS (shop/web:http)",
             "8087:87/tcp": f"host port 8087/tcp is held by {pooled}",
         }
-        ctrport.start()
+        ctrport.start(tick=OFTEN)
         for mapping, reason in holders.items():
             assert ctrport.wait_for(mapping, "conflict", "web")["reason"] == reason
             assert f"mapping={mapping} source=" in ctrport.messages
@@ -264,7 +267,7 @@ def test_who_holds_a_port_is_named_and_it_is_had_when_they_end(node: Node, ctrpo
             node.remove_pod(pod)
             node.script(NO_NODE_PORT)
             for mapping in holders:
-                ctrport.wait_for(mapping, "active", "web", within=TICK + 2)
+                ctrport.wait_for(mapping, "active", "web")
             assert rules(node, "8089:89/tcp") == undisturbed
             client.sendall(b"still there?\n")
             assert client.recv(100) == hello

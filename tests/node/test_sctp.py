@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +16,8 @@ from embedded.host import Place
 from embedded.node import Node
 from embedded.traffic import eventually
 from tests.node.daemon import Ctrport
+
+pytestmark = pytest.mark.docker0(subnet6="fd00:17::/64")
 
 IPPROTO_SCTP = 132
 INIT, INIT_ACK = 1, 2
@@ -86,14 +87,6 @@ class Peer:
         except TimeoutError:
             return True
         return False
-
-
-@pytest.fixture
-def node() -> Iterator[Node]:
-    with Node() as node:
-        node.start_containerd()
-        node.add_network("docker0", subnet6="fd00:17::/64")
-        yield node
 
 
 def has_sctp_sockets() -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedded.node import Node
-from embedded.traffic import Reply, Server, eventually, probe_tcp
+from embedded.traffic import BOTH_FAMILIES, Reply, eventually, probe_tcp, serve
 from tests.node.daemon import Ctrport, publish, wait_open
 
 SERVICES = {4: "10.96.0.10", 6: "fd00:96::a"}
@@ -14,8 +14,7 @@ def test_the_address_of_a_service_is_never_answered() -> None:
         node.start_containerd()
         node.add_network("docker0", subnet6="fd00:17::/64")
         web = node.start("web")
-        for address in ("0.0.0.0", "::"):
-            Server(web, 80, address=address)
+        serve(web, 80, addresses=BOTH_FAMILIES)
         node.script("ip link add kube-ipvs0 type bridge; ip address add 10.96.0.10/32 dev kube-ipvs0")
         for service in SERVICES.values():
             via = node.address6 if ":" in service else node.address

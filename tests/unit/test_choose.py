@@ -178,13 +178,14 @@ def test_a_socket_makes_the_chosen_port_another() -> None:
 
 
 def test_the_ports_of_an_earlier_run_are_had_again() -> None:
-    chosen = {
-        (key("db"), ports.parse("80")): (PortRange(103, 103),),
-        (key("db"), ports.parse("8000-8003:81")): (PortRange(8002, 8002),),
-        (key("web"), ports.parse("80")): (PortRange(999, 999),),
-    }
-    publications = Publications([declaration("*", "80", "8000-8003:81")], FACTS)
-    publications.recover(chosen)
+    publications = publish(declaration("*", "80", "8000-8003:81"))
+    publications.recover(
+        {
+            (key("db"), ports.parse("80")): (PortRange(103, 103),),
+            (key("db"), ports.parse("8000-8003:81")): (PortRange(8002, 8002),),
+            (key("web"), ports.parse("80")): (PortRange(999, 999),),
+        }
+    )
     for number, name in enumerate(["api", "db", "web"]):
         start(publications, name, started=number)
     publications.settle()

@@ -5,19 +5,14 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrport.firewall import FirewallError, ForeignChain
-from ctrport.firewall.fake import Chains, MemoryKernel
+from ctrport.firewall import FirewallError
+from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import (
-    BUILT_IN,
-    NEIGHBOURS,
-    POLICY_AGENTS,
     Add,
     Block,
     Delete,
@@ -27,11 +22,9 @@ from ctrport.firewall.plan import (
     Op,
     Plan,
     Remove,
-    plan_removal,
 )
 from ctrport.firewall.tables import Tables
-from ctrport.firewall.text import listing, restore_input, tag
-from ctrport.model import Family, Publication
+from ctrport.model import Publication
 from ctrport.owners import LocalnetRecord
 from ctrport.rules import (
     ACCEPT,
@@ -44,178 +37,30 @@ from ctrport.rules import (
     Rule,
     Ruleset,
     Table,
-    rules_at,
     rules_for,
     skeleton,
 )
 from tests.unit import worlds
-from tests.unit.worlds import active
-
-V4 = Family.IPV4
-State = dict[Table, Chains]
-QUICK = settings(deadline=None, max_examples=80)
-
-layouts = st.builds(
-    Layout,
-    chain=st.sampled_from(["DOCKER", "CTRPORT"]),
-    position=st.sampled_from([Place.POLICY, Place.POLICY, Place.FIRST, Place.LAST]),
-    localhost=st.booleans(),
+from tests.unit.drifts import (
+    JUMP,
+    OTHERS,
+    QUICK,
+    V4,
+    State,
+    assert_as_wanted,
+    drift,
+    fit,
+    foreign,
+    forward,
+    layouts,
+    lines,
+    others_come,
+    others_rules,
+    own_places,
+    text_of,
+    wanted_of,
 )
-
-
-def wanted_of(publications: Iterable[Publication], layout: Layout) -> list[Rule]:
-    rules = Ruleset([*skeleton(layout, V4), *rules_at(worlds.NODE4, layout)])
-    for publication in publications:
-        rules.replace((), rules_for(publication, layout))
-    return [rule for rule in rules if rule.family is V4]
-
-
-def fit(kernel: MemoryKernel, layout: Layout, wanted: Iterable[Rule]) -> Plan:
-    """Read, plan and apply; return the plan."""
-
-    async def once() -> Plan:
-        tables = Tables(kernel, layout)
-        await tables.read()
-        plan = tables.plan(wanted)
-        await tables.apply(plan)
-        return plan
-
-    return asyncio.run(once())
-
-
-def lines(kernel: MemoryKernel, table: Table, chain: str) -> list[Line]:
-    return listing(f"-A {chain} {rule}" for rule in kernel.tables[table].get(chain, ()))
-
-
-def foreign(state: State) -> State:
-    """What others have in it: their rules in their order, and their chains."""
-    left: State = {}
-    for table, chains in state.items():
-        left[table] = {
-            chain: [rule for rule in rules if "ctrport " not in rule]
-            for chain, rules in chains.items()
-            if chain in BUILT_IN or chain == USER_CHAIN or not chain.startswith(("DOCKER", "CTRPORT"))
-        }
-    return left
-
-
-# Others' rules, by what they mean to the order in a kernel chain.
-OTHERS = {
-    "": ("-s 192.0.2.9/32 -j DROP", '-m comment --comment "allow \\"this\\"" -j ACCEPT', "-p tcp -m tcp --dport 22"),
-    "KUBE-FORWARD": ('-m comment --comment "kubernetes forwarding rules" -j KUBE-FORWARD',),
-    "cali-FORWARD": ('-m comment --comment "cali:wUHhoiAYhphO9Mso" -j cali-FORWARD',),
-    "FLANNEL-FWD": ('-m comment --comment "flanneld forward" -j FLANNEL-FWD',),
-    "CNI-FORWARD": ('-m comment --comment "CNI firewall plugin rules" -j CNI-FORWARD',),
-}
-
-
-@st.composite
-def others_rules(draw: st.DrawFn) -> list[tuple[Table, str, str, str, int]]:
-    """Rules that others put into kernel chains: table, chain, the chain that they jump to, the rule, where."""
-    found = []
-    for _ in range(draw(st.integers(0, 4))):
-        table, chain = draw(st.sampled_from(Layout().kernel_chains))
-        target = draw(st.sampled_from(["", "", "", *OTHERS]))
-        index = draw(st.sampled_from([0, 0, 1, 9]))
-        found.append((table, chain, target, draw(st.sampled_from(OTHERS[target])), index))
-    return found
-
-
-def others_come(kernel: MemoryKernel, coming: Iterable[tuple[Table, str, str, str, int]]) -> None:
-    for table, chain, target, rule, index in coming:
-        if target:
-            kernel.tables[table].setdefault(target, ["-j RETURN"])
-        kernel.tables[table][chain].insert(index, rule)
-
-
-def own_places(kernel: MemoryKernel) -> list[tuple[Table, str, int]]:
-    return [
-        (table, chain, index)
-        for table, chains in kernel.tables.items()
-        for chain, rules in chains.items()
-        for index, rule in enumerate(rules)
-        if "ctrport " in rule
-    ]
-
-
-def drop_jumps(chains: Chains, chain: str) -> None:
-    for rules in chains.values():
-        rules[:] = [rule for rule in rules if not rule.endswith(f" -j {chain}")]
-
-
-DRIFTS = ("delete", "double", "move", "flush", "delete the chain", "strange", "user")
-
-
-def drift(data: st.DataObject, kernel: MemoryKernel, strays: Sequence[Rule], *, without: Sequence[str] = ()) -> None:
-    """Do to the tables what a careless neighbour does, once."""
-    how = data.draw(st.sampled_from([drift for drift in DRIFTS if drift not in without]))
-    if how == "user":
-        rules = kernel.tables[Table.FILTER].get(USER_CHAIN)
-        if rules is not None:
-            rules.append("-s 192.0.2.66/32 -j DROP")
-        return
-    if how == "strange":  # a rule of ours that nobody wants any more
-        rule = data.draw(st.sampled_from(strays))
-        chain = kernel.tables[rule.table].get(rule.chain)
-        if chain is not None:
-            chain.insert(data.draw(st.integers(0, len(chain))), text_of(rule))
-        return
-    places = own_places(kernel)
-    if not places:
-        return
-    table, chain_name, index = data.draw(st.sampled_from(places))
-    rules = kernel.tables[table][chain_name]
-    match how:
-        case "delete":
-            del rules[index]
-        case "double":
-            rules.insert(data.draw(st.integers(0, len(rules))), rules[index])
-        case "move":
-            rule_text = rules.pop(index)
-            rules.insert(data.draw(st.integers(0, len(rules))), rule_text)
-        case "flush" if chain_name not in BUILT_IN:
-            rules.clear()
-        case "delete the chain" if chain_name not in BUILT_IN:
-            drop_jumps(kernel.tables[table], chain_name)
-            del kernel.tables[table][chain_name]
-
-
-def text_of(rule: Rule) -> str:
-    [line] = restore_input(Plan((Block(rule.table, (Add(rule, None),)),))).splitlines()[1:-1]
-    return line.removeprefix(f"-A {rule.chain} ")
-
-
-def assert_as_wanted(kernel: MemoryKernel, layout: Layout, wanted: Sequence[Rule]) -> None:
-    """Each rule once, own chains by rank, and in kernel chains each where it belongs."""
-    by_tag: dict[tuple[Table, str, str], Rule] = {(r.table, r.chain, tag(r)): r for r in wanted}
-    found = []
-    for table, chains in kernel.tables.items():
-        for chain in chains:
-            there = [line.tag for line in lines(kernel, table, chain)]
-            found += [(table, chain, mark) for mark in there if mark is not None]
-            if (table, chain) in layout.own_chains:
-                ranks = [by_tag[table, chain, mark].rank for mark in there if mark is not None]
-                assert all(a <= b for a, b in pairwise(ranks))
-                assert len(ranks) == len(there)
-    assert sorted(found) == sorted(by_tag)
-    for rule in wanted:
-        if rule.place is not Place.OWN:
-            assert_placed(rule, lines(kernel, rule.table, rule.chain))
-
-
-def assert_placed(rule: Rule, there: list[Line]) -> None:
-    [index] = [index for index, line in enumerate(there) if line.tag == tag(rule)]
-    above, below = there[:index], there[index + 1 :]
-    place = rule.place
-    if place is Place.POLICY:
-        policed = any(line.tag is None and line.target.startswith(POLICY_AGENTS) for line in there)
-        place = Place.LAST if policed else Place.FIRST
-    if place is Place.FIRST:
-        assert all(line.tag is not None for line in above)
-    elif place is Place.EARLY:
-        assert all(line.tag is not None or line.target.startswith(NEIGHBOURS) for line in above)
-    else:
-        assert not any(line.tag is None and line.target.startswith(NEIGHBOURS) for line in below)
+from tests.unit.worlds import active
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -430,185 +275,6 @@ def test_filter_is_added_before_nat_and_nat_removed_before_filter_with_the_guard
     assert all(block.ops for block in plan.blocks)
 
 
-def removed(kernel: MemoryKernel, layout: Layout) -> tuple[Plan, Plan]:
-    """Take everything of ours away, and return what that took."""
-
-    async def clean() -> tuple[Plan, Plan]:
-        tables = Tables(kernel, layout)
-        plan, guard = await tables.plan_removal()
-        await tables.apply(plan)
-        await tables.apply(guard)
-        return plan, guard
-
-    return asyncio.run(clean())
-
-
-@settings(deadline=None, max_examples=120)
-@given(st.data(), layouts, worlds.publication_lists(), others_rules(), others_rules(), st.booleans(), st.booleans())
-def test_removal_leaves_what_others_have_and_nothing_of_ours(
-    data: st.DataObject,
-    layout: Layout,
-    publications: list[Publication],
-    before_us: list[tuple[Table, str, str, str, int]],
-    after_us: list[tuple[Table, str, str, str, int]],
-    user_rule: bool,
-    user_jump: bool,
-) -> None:
-    kernel = MemoryKernel()
-    others_come(kernel, before_us)
-    fit(kernel, layout, wanted_of(publications, layout))
-    for _ in range(data.draw(st.integers(0, 4))):
-        drift(data, kernel, wanted_of(publications, layout), without=("flush", "delete the chain", "user"))
-    others_come(kernel, after_us)
-    filters = kernel.tables[Table.FILTER]
-    if user_rule:
-        filters[USER_CHAIN].append("-s 192.0.2.66/32 -j DROP")
-    if user_jump:
-        filters["INPUT"].append("-j DOCKER-USER")
-    kept = foreign(kernel.tables)
-    # Its chain stays with the operator who has use for it, and where our jump is gone it may be anybody's.
-    ours_jumps = any(rule.endswith("-j DOCKER-USER") and "ctrport " in rule for rule in filters["FORWARD"])
-    if ours_jumps and not user_rule and not user_jump:
-        del kept[Table.FILTER][USER_CHAIN]
-    # What drift has emptied to the last rule cannot be told from somebody else's chain, unless we jump to it.
-    for table, chain in layout.own_chains:
-        rules = (rule for rules in kernel.tables[table].values() for rule in rules)
-        jumped_to = any(rule.endswith(f"-j {chain}") and "ctrport " in rule for rule in rules)
-        if kernel.tables[table][chain] == [] and not jumped_to:
-            kept[table][chain] = []
-    # Nobody needs to know what our chains were called.
-    plan, guard = removed(kernel, Layout("OTHER"))
-    assert kernel.tables == kept
-    assert [block.table for block in plan.blocks] == sorted(
-        [block.table for block in plan.blocks], key=[Table.NAT, Table.FILTER].index
-    )
-    assert {block.table for block in guard.blocks} <= {Table.RAW}
-    again = removed(kernel, layout)
-    assert not any(again)
-
-
-@settings(deadline=None, max_examples=60)
-@given(layouts, worlds.publication_lists(), others_rules())
-def test_what_another_name_left_is_swept_and_nothing_else(
-    layout: Layout, publications: list[Publication], coming: list[tuple[Table, str, str, str, int]]
-) -> None:
-    kernel, now = MemoryKernel(), replace(layout, chain="CTRPORT" if layout.chain == "DOCKER" else "DOCKER")
-    others_come(kernel, coming)
-    fresh = copy.deepcopy(kernel)
-    fit(kernel, layout, wanted_of(publications, layout))
-
-    async def follow(kernel: MemoryKernel) -> bool:
-        tables = Tables(kernel, now)
-        await tables.read()
-        await tables.apply(tables.plan(wanted_of(publications, now)))
-        sweep = await tables.plan_sweep()
-        await tables.apply(sweep)
-        assert not await tables.plan_sweep()
-        return bool(sweep)
-
-    assert asyncio.run(follow(kernel))
-    assert not asyncio.run(follow(fresh))
-    # The chains came in another order; what they hold is the same.
-    assert {table: dict(sorted(chains.items())) for table, chains in kernel.tables.items()} == {
-        table: dict(sorted(chains.items())) for table, chains in fresh.tables.items()
-    }
-
-
-def test_removal_deletes_every_chain_of_ours() -> None:
-    kernel = MemoryKernel()
-    fit(kernel, Layout(), wanted_of([active("8080:80")], Layout()))
-    removed(kernel, Layout())
-    assert kernel.tables == MemoryKernel().tables
-
-
-def test_removal_deletes_a_chain_of_ours_that_was_flushed() -> None:
-    kernel = MemoryKernel()
-    fit(kernel, Layout(), wanted_of([active("8080:80")], Layout()))
-    kernel.tables[Table.NAT]["DOCKER"].clear()
-    removed(kernel, Layout())
-    assert "DOCKER" not in kernel.tables[Table.NAT]
-
-
-def test_removal_leaves_a_chain_of_ours_that_others_use_without_our_rules() -> None:
-    kernel = MemoryKernel()
-    fit(kernel, Layout(), wanted_of([active("8080:80")], Layout()))
-    kernel.tables[Table.NAT]["DOCKER"].append("-p tcp -j RETURN")
-    kernel.tables[Table.FILTER]["INPUT"].append("-j DOCKER")
-    removed(kernel, Layout())
-    assert kernel.tables[Table.NAT]["DOCKER"] == ["-p tcp -j RETURN"]
-    assert kernel.tables[Table.FILTER]["DOCKER"] == []
-    assert kernel.tables[Table.FILTER]["INPUT"] == ["-j DOCKER"]
-    assert not {"DOCKER-FORWARD", "DOCKER-USER"} & set(kernel.tables[Table.FILTER])
-    assert "DOCKER-POSTROUTING" not in kernel.tables[Table.NAT]
-
-
-def test_an_operators_chain_that_our_jump_does_not_lead_to_is_not_ours_to_delete() -> None:
-    held = {(Table.FILTER, "FORWARD"): list[Line](), (Table.FILTER, USER_CHAIN): list[Line]()}
-    assert plan_removal(held) == (Plan(), Plan())
-
-
-MARK = next(rule for rule in skeleton(Layout(), V4) if (rule.table, rule.chain) == (Table.FILTER, "DOCKER"))
-JUMP = next(rule for rule in skeleton(Layout(), V4) if rule.chain == "PREROUTING")
-FOREIGN: dict[str, Callable[[State], None]] = {
-    "a rule without our mark": lambda state: state[Table.NAT].update({"DOCKER": ["-i docker0 -j RETURN"]}),
-    "one such rule among ours": lambda state: state[Table.FILTER].update(
-        {"DOCKER": [text_of(MARK), "-d 172.17.0.9/32 -j ACCEPT"]}
-    ),
-    "empty, and somebody jumps to it": lambda state: state[Table.NAT].update(
-        {"DOCKER": [], "PREROUTING": ["-m addrtype --dst-type LOCAL -j DOCKER"]}
-    ),
-    "ours until somebody else took it": lambda state: state[Table.NAT].update(
-        {"DOCKER": [text_of(MARK)], "PREROUTING": ["-m addrtype --dst-type LOCAL -j DOCKER"]}
-    ),
-}
-
-
-@pytest.mark.parametrize("what", FOREIGN)
-def test_a_chain_of_our_name_that_is_somebody_elses_is_left_alone(what: str) -> None:
-    kernel = MemoryKernel()
-    FOREIGN[what](kernel.tables)
-    before = copy.deepcopy(kernel.tables)
-    with pytest.raises(ForeignChain, match=r"the chain DOCKER of the table \w+ is somebody else's .*firewall\.chain"):
-        fit(kernel, Layout(), wanted_of([], Layout()))
-    assert kernel.tables == before
-    # The advice in the message is good.
-    fit(kernel, Layout("CTRPORT"), wanted_of([active("8080:80")], Layout("CTRPORT")))
-    for table in (Table.NAT, Table.FILTER):
-        assert kernel.tables[table].get("DOCKER") == before[table].get("DOCKER")
-
-
-@pytest.mark.parametrize(("table", "chain"), Layout().own_chains)
-def test_an_empty_chain_of_our_name_that_nobody_uses_is_adopted(table: Table, chain: str) -> None:
-    kernel = MemoryKernel()
-    kernel.tables[table][chain] = []
-    fit(kernel, Layout(), wanted_of([active("8080:80")], Layout()))
-    assert_as_wanted(kernel, Layout(), wanted_of([active("8080:80")], Layout()))
-
-
-def test_an_empty_chain_that_only_we_jump_to_is_adopted() -> None:
-    kernel = MemoryKernel()
-    wanted = wanted_of([active("8080:80")], Layout())
-    fit(kernel, Layout(), wanted)
-    kernel.tables[Table.NAT]["DOCKER"].clear()
-    fit(kernel, Layout(), wanted)
-    assert_as_wanted(kernel, Layout(), wanted)
-
-
-def test_a_chain_that_came_meanwhile_is_not_emptied() -> None:
-    kernel = MemoryKernel()
-
-    async def race() -> None:
-        tables = Tables(kernel, Layout())
-        await tables.read()
-        plan = tables.plan(wanted_of([], Layout()))
-        kernel.tables[Table.NAT]["DOCKER"] = ["-j RETURN"]
-        with pytest.raises(FirewallError, match="chain already exists"):
-            await tables.apply(plan)
-
-    asyncio.run(race())
-    assert kernel.tables[Table.NAT]["DOCKER"] == ["-j RETURN"]
-
-
 def test_without_a_look_at_the_kernel_there_is_no_plan() -> None:
     tables = Tables(MemoryKernel(), Layout())
     with pytest.raises(FirewallError, match="has not been read"):
@@ -734,10 +400,6 @@ def test_the_jump_stands_where_the_position_says(there: list[str], position: Pla
     fit(kernel, layout, wanted_of([], layout))
     names = [line.target if line.tag is None else line.target.removeprefix("DOCKER-") for line in forward(kernel)]
     assert ["foreign" if name == "DROP" else name for name in names] == expected
-
-
-def forward(kernel: MemoryKernel) -> list[Line]:
-    return lines(kernel, Table.FILTER, "FORWARD")
 
 
 def test_a_policy_agent_that_comes_later_is_asked_first_from_the_next_look_on() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
@@ -28,6 +29,7 @@ from ctrport.model import (
     Selector,
     State,
 )
+from ctrport.publish import Publications
 
 NODE4 = IPv4Address("192.0.2.1")
 NODE6 = IPv6Address("2001:db8::1")
@@ -173,3 +175,14 @@ def publication_lists(draw: st.DrawFn, *, max_size: int = 6) -> list[Publication
                 Publication(mapping, "config.yaml:1", key(name), State.ACTIVE, attachments=served, bound=mapping)
             )
     return made
+
+
+def fresh(
+    declarations: Sequence[Declaration], candidates: Iterable[Candidate], facts: NodeFacts, localhost: bool = True
+) -> Publications:
+    """Publications as they are settled once all of that is known."""
+    publications = Publications(declarations, facts, families=tuple(Family), localhost=localhost)
+    for each in candidates:
+        publications.update(each.container.key, each)
+    publications.settle()
+    return publications
