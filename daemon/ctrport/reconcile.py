@@ -172,8 +172,8 @@ class Reconciler:
             await self._survey.use(config, ground.firewalls)
         finally:
             await self._settle(mend=True, told=told)
-        log.info("the configuration was read anew: %s", self._summary())
         await self._dataplane.sweep()
+        log.info("the configuration was read anew: %s", self._summary())
 
     async def _run(self) -> None:
         while True:
