@@ -267,8 +267,7 @@ def test_dockerd_that_takes_the_chain_of_a_running_daemon_has_it_and_the_daemon_
 
         # As it says.
         ctrport.configure(CHAIN + PUBLISH)
-        assert ctrport.stop() == 0
-        ctrport.start()
+        ctrport.wait_for(f"{OURS}:80/tcp", "active")
         Beside(node, ctrport, dockerd, web, shop).assert_both_answer()
         tables = eventually(
             lambda: "DOCKER-HAIRPIN" not in node.tables() and node.tables(), what="the old chains going"
