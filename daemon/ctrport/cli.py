@@ -7,6 +7,7 @@ is one line, never a traceback.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -72,13 +73,17 @@ def run(path: str, directory: Path, verbose: bool) -> None:
     _log(verbose)
     config = _load(path)
     _as_root("run")
-    try:
-        with status.only_one(directory):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(status.only_one(directory))
+        except status.AlreadyRunning as error:
+            _fail(str(error))
+        except OSError as error:
+            _fail(f"the run directory {directory} cannot be used: {error.strerror}")
+        try:
             _await(daemon.run(config, path, directory))
-    except status.AlreadyRunning as error:
-        _fail(str(error))
-    except OSError as error:
-        _fail(f"the run directory {directory} cannot be used: {error.strerror}")
+        except OSError as error:
+            _fail(f"it cannot go on: {error.strerror or error}")
 
 
 @cli.command()
@@ -101,7 +106,7 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
     if current is None or not current.running:
         _as_root("ps, while no daemon answers,")
         current = _without_daemon(_load(path), directory)
-        what = "the daemon is only just starting" if running else "the daemon is down"
+        what = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
         click.echo(f"{what}; this is what can be seen without it", err=True)
     if as_json:
         click.echo(current.to_json())

@@ -7,6 +7,7 @@ for a packet in between would make them stale again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 
 #: How often the kernel is read anew where what was read was not there any more when it was to be mended.
 MENDING_TRIES = 3
+#: How many mappings are remembered whose flows could not be looked at, to be tried again.
+MOST_STALE = 1000
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,10 @@ class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
     At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
-    the plans that were written. ``others`` are tables that are to hold nothing of ours, and may: another backend's.
-    ``chosen`` are the host ports that an earlier run chose, once it has looked; several
-    for one mapping where two declarations ask for it and differ in who may reach it.
+    the plans that were written. ``complaint`` is what could not be done though the rules are right. ``others`` are
+    tables that are to hold nothing of ours, and may: another backend's. ``chosen`` are the host ports that an earlier
+    run chose, once it has looked; several for one mapping where two declarations ask for it and differ in who may reach
+    it.
     """
 
     def __init__(
@@ -91,7 +95,9 @@ class Dataplane:
         self._hairpins_ours: set[str] = set()
         self._localnet_ours: dict[str, bool] = {}
         self._touched: list[Opened | Closed] = []
-        self._complaint = ""
+        self._stale: list[Opened | Closed] = []  # of what was touched: whose rules are in the kernel
+        self._dropping: asyncio.Task[None] | None = None
+        self.complaint = ""
         self.chosen: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
         self.in_line = False
         self.transactions = 0
@@ -102,7 +108,8 @@ class Dataplane:
         self._vacated = set(before._active)
         self._remarks = dict(before._remarks)
         self._hairpins_ours = set(before._hairpins_ours)
-        self._complaint = before._complaint
+        self.complaint = before.complaint
+        self._stale = [*before._stale, *before._touched]
         self.transactions = before.transactions
 
     async def start(self) -> None:
@@ -200,8 +207,9 @@ class Dataplane:
         self._give_up_unused()
         if was_in_line and not mend and (not difference or await self._write_change(difference, changes)):
             return Drift()
+        self.in_line = False
         fresh = {record.device for record in _records(difference.added)}
-        off = tuple(device for device in self._localnet_ours if device not in fresh and localnet.is_off(device))
+        off = tuple(device for device in self._localnet_ours if device not in fresh and _is_off(device))
         plans = await self._mend()
         if not was_in_line:
             return Drift()
@@ -227,7 +235,9 @@ class Dataplane:
 
     def switched_off(self) -> bool:
         """Whether somebody switched a device's ``route_localnet`` off that has to be on."""
-        return any(map(localnet.is_off, self._localnet_ours))
+        with contextlib.suppress(FirewallError):  # what cannot be told now is asked again
+            return any(map(_is_off, self._localnet_ours))
+        return False
 
     async def preview(self, changes: Sequence[Change], node: NodeFacts) -> Transition:
         """Return what a mending ``follow`` would do, and do nothing. Raises ``FirewallError``."""
@@ -272,7 +282,7 @@ class Dataplane:
         for device in self._localnet_ours.keys() - needed:
             del self._localnet_ours[device]  # an earlier run's: its record goes with its rule
         off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
-        on = [record.device for record in wanted if not localnet.is_on(record.device)]
+        on = [record.device for record in wanted if not _is_on(record.device)]
         return Transition(plans, off, on, self._hairpins_due(self._active.values()))
 
     async def prepare(self) -> None:
@@ -281,7 +291,10 @@ class Dataplane:
             await firewall.prepare()
 
     async def close(self) -> None:
-        """Give up what ``prepare`` holds. The host ports are held on."""
+        """Give up what ``prepare`` holds, and the flows that are being removed. The host ports are held on."""
+        if self._dropping is not None:
+            self._dropping.cancel()
+            await asyncio.gather(self._dropping, return_exceptions=True)
         for firewall in self._firewalls.values():
             await firewall.close()
 
@@ -318,20 +331,33 @@ class Dataplane:
         """
         await self._reservations.keep()
 
-    async def drop_stale_flows(self) -> None:
-        """Remove the flows that what was written made stale.
+    def drop_stale_flows(self) -> asyncio.Task[None]:
+        """Begin to remove the flows that what was written made stale; the task ends when that is done.
 
-        Where it fails it says so once; the rules are right all the same.
+        Beside all else: the next mapping does not wait for it. Where it fails it says so once, and the next call tries
+        again; the rules are right all the same.
         """
         touched, self._touched = self._touched, []
-        if not touched:
-            return
-        try:
-            await conntrack.drop_stale(touched, self._node.addresses)
-        except ConntrackError as error:
-            self._complain(str(error))
-        else:
-            self._complaint = ""
+        self._stale = _superseded(self._stale, touched) + touched
+        if self._dropping is not None and self._dropping.done():
+            self._dropping.result()
+        if self._dropping is None or self._dropping.done():
+            self._dropping = asyncio.create_task(self._drop_stale_flows())
+        return self._dropping
+
+    async def _drop_stale_flows(self) -> None:
+        while self._stale:
+            stale, self._stale = self._stale, []
+            try:
+                await conntrack.drop_stale(stale, self._node.addresses)
+            except ConntrackError as error:
+                self._complain(str(error))
+                self._stale = (_superseded(stale, self._stale) + self._stale)[-MOST_STALE:]
+                return
+            except asyncio.CancelledError:
+                self._stale = stale + self._stale  # for who goes on from here
+                raise
+            self.complaint = ""
 
     async def _write(self, transition: Transition) -> None:
         for device in transition.localnet_off:
@@ -388,9 +414,9 @@ class Dataplane:
 
     def _complain(self, complaint: str) -> None:
         """Say what could not be done though the rules are right; not twice in a row."""
-        if complaint != self._complaint:
+        if complaint != self.complaint:
             log.warning("%s", complaint)
-        self._complaint = complaint
+        self.complaint = complaint
 
     def _take_in(self, changes: Sequence[Change], node: NodeFacts) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
@@ -436,7 +462,12 @@ class Dataplane:
         device = needs_localnet(publication, self._layout)
         if device is None:
             return rules_for(publication, self._layout)
-        ours = self._localnet_ours.setdefault(device, not localnet.is_on(device))
+        if device not in self._localnet_ours:
+            try:
+                self._localnet_ours[device] = not _is_on(device)
+            except FirewallError:
+                self._localnet_ours[device] = True  # left on by mistake it would have no guard
+        ours = self._localnet_ours[device]
         return rules_for(publication, self._layout, localnet_ours=ours)
 
 
@@ -479,11 +510,31 @@ def _narrowed(publications: Iterable[Publication]) -> Iterator[Closed]:
             yield Closed(publication.bound, attachment, connections=False)
 
 
+def _superseded(earlier: Iterable[Opened | Closed], later: Iterable[Opened | Closed]) -> list[Opened | Closed]:
+    """Return what is still to be looked at of ``earlier``: flows of what was touched again are judged by that alone."""
+    again = {(one.mapping, family) for one in later for family in one.families}
+    return [one for one in earlier if not any((one.mapping, family) in again for family in one.families)]
+
+
 def _switch(device: str, on: bool) -> None:
     try:
         localnet.switch(device, on)
     except OSError as error:
         raise FirewallError(f"route_localnet of {device} cannot be switched: {error.strerror}") from error
+
+
+def _is_on(device: str) -> bool:
+    try:
+        return localnet.is_on(device)
+    except OSError as error:
+        raise FirewallError(f"route_localnet of {device} cannot be read: {error.strerror}") from error
+
+
+def _is_off(device: str) -> bool:
+    try:
+        return localnet.is_off(device)
+    except OSError as error:
+        raise FirewallError(f"route_localnet of {device} cannot be read: {error.strerror}") from error
 
 
 def _bridged(publication: Publication) -> list[Attachment]:

@@ -23,6 +23,23 @@ class Pace:
         return max(0.0, self._spent_until + self._interval - self._capacity - now)
 
 
+class Backoff:
+    """How long to wait before the next try: ``first`` seconds, doubled with each, ``most`` at the most."""
+
+    def __init__(self, first: float, most: float) -> None:
+        self._first, self._most = first, most
+        self._next = first
+
+    def pause(self) -> float:
+        """Return how many seconds to wait now that a try has failed."""
+        pause, self._next = self._next, min(2 * self._next, self._most)
+        return pause
+
+    def reset(self) -> None:
+        """Begin anew: a try has worked."""
+        self._next = self._first
+
+
 class Budget:
     """Lets work take ``share`` of the time: at once while little was spent, ``most`` seconds of work ahead at the most.
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import math
 import os
-import re
 import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
-from .pace import Pace
+from .pace import Backoff, Pace
 from .publish import Change
 from .status import PublicationStatus, Status, networks, shown
 from .survey import Survey
@@ -45,8 +44,8 @@ TICKS_TO_RESYNC = 6
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
-#: Seconds until the same drift is told of again.
-TELL_AGAIN = 60.0
+#: In so many seconds: how often the same drift is told of, and how often drift is told of at all.
+TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
 
 
 @dataclass(frozen=True)
@@ -99,15 +98,17 @@ class Reconciler:
         self._deaf = True  # whether nobody tells when others write
         self._repairs = 0
         self._last_repair = ""
-        self._told_drift, self._told_drift_at = "", 0.0
+        self._repairs_told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
-        self._retry_at, self._retry_after = 0.0, RETRY
+        self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
+        self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
         self._since: dict[tuple[str, str, str], datetime] = {}
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
+        self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
 
@@ -194,6 +195,8 @@ class Reconciler:
                 systemd.notify("STATUS=containerd is lost; rules stay as they are")
                 self._on_change()
                 await asyncio.sleep(RETRY)
+            except OSError as error:
+                await asyncio.sleep(self._cannot_look(error))
 
     async def _watch_node(self) -> None:
         try:
@@ -231,6 +234,10 @@ class Reconciler:
     async def _follow(self, reader: asyncio.Task[None]) -> None:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
         await self._survey.everything()
+        if self._blind:
+            log.info("the node can be looked at again")
+        self._blind = ""
+        self._looking.reset()
         await self._settle(mend=True)
         total = len(self._survey.publications)
         if self._dataplane.in_line:
@@ -312,7 +319,8 @@ class Reconciler:
                     self._looked_at = time.monotonic()
                 if self._problem:
                     log.info("the kernel is in line again")
-                self._problem, self._retry_after = "", RETRY
+                self._problem = ""
+                self._writing.reset()
             if grounds.since is not None:
                 self._suspicion.end(_cpu() - began, time.monotonic())
             # A look that somebody's write was the cause of, and that found nothing, is no news.
@@ -325,7 +333,12 @@ class Reconciler:
             self._tell()
         if self._dataplane.in_line:
             await self._dataplane.keep_host_ports()
-            await self._dataplane.drop_stale_flows()
+            self._dataplane.drop_stale_flows().add_done_callback(self._complained)
+
+    def _complained(self, _: object) -> None:
+        if self._dataplane.complaint != self._complaint:
+            self._complaint = self._dataplane.complaint
+            self._on_change()
 
     def _tell(self) -> None:
         systemd.notify(f"STATUS={self._summary()}")
@@ -349,17 +362,23 @@ class Reconciler:
         return publications.settle()
 
     def _repaired(self, drift: Drift, grounds: Grounds) -> None:
-        """Say what others had done to ours, and for how long; once, where they do it again and again."""
+        """Say what others had done to ours, and for how long; not each time, where they do it again and again.
+
+        Not by which process: a script that deletes a rule in a loop is another one each time.
+        """
         now = time.monotonic()
-        by, gone = "", f"at most {now - self._looked_at:.0f} s"
+        by, gone, writers = "", f"at most {now - self._looked_at:.0f} s", set[str]()
         if drift.in_tables and grounds.since is not None and grounds.writers:
+            writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
             by = f", by {' or '.join(grounds.writers)}"
             gone = f"{(now - grounds.since) * 1000:.0f} ms"
+        what = (str(drift), *sorted(writers))
         self._repairs += 1
         self._last_repair = f"{drift}{by}; repaired after {gone}"
-        kind = re.sub(r" \(pid \d+\)", "", f"{drift}{by}")
-        if kind != self._told_drift or now > self._told_drift_at + TELL_AGAIN:
-            self._told_drift, self._told_drift_at = kind, now
+        self._repairs_told = [(told, at) for told, at in self._repairs_told if now < at + TELL_WITHIN]
+        same = sum(told == what for told, _ in self._repairs_told)
+        if same < TELL_SAME and len(self._repairs_told) < TELL_MOST:
+            self._repairs_told.append((what, now))
             log.warning("drift: %s", self._last_repair)
 
     def _failed(self, error: FirewallError) -> None:
@@ -367,8 +386,17 @@ class Reconciler:
         if str(error) != self._problem:
             log.error("%s; trying again until it works", error)
         self._problem = str(error)
-        self._retry_at = time.monotonic() + self._retry_after
-        self._retry_after = min(2 * self._retry_after, TICK)
+        self._retry_at = time.monotonic() + self._writing.pause()
+
+    def _cannot_look(self, error: OSError) -> float:
+        """Say once that this process may not so much as open a file; return in how many seconds to look again."""
+        blind = f"the node cannot be looked at: {error.strerror or error}; what was known of it stands"
+        if not self._blind:
+            log.error("%s, and it is tried again until it works", blind)
+            systemd.notify(f"STATUS={blind}")
+        self._blind = blind
+        self._on_change()
+        return self._looking.pause()
 
     def _compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
@@ -434,7 +462,7 @@ class Reconciler:
             last_repair=self._last_repair,
             publications=[self._shown(publication) for publication in self._survey.publications],
             networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=list(self._survey.warnings),
+            warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
         )
 
     def _shown(self, publication: Publication) -> PublicationStatus:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from .survey import Survey
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two writes of the status file at the least.
-STATUS_PAUSE = 0.2
+#: Seconds between two writes of the status file at the least, and until one that failed is tried again.
+STATUS_PAUSE, STATUS_RETRY = 0.2, 2.0
 
 _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 
@@ -183,14 +185,51 @@ async def _leave(config: Config, reservations: Reservations) -> None:
 async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyncio.Event) -> None:
     """Write the status file when there is something new, however often, but not more often than it is worth."""
     complaint = ""
+    spare = _SpareFile()
     while True:
-        await changed.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(changed.wait(), STATUS_RETRY if complaint else None)
         changed.clear()
         try:
-            status.write(directory, reconciler.status(running=True))
+            with spare.lent():
+                _report(reconciler, directory)
+            if complaint:
+                log.info("the status file can be written again")
             complaint = ""
         except OSError as error:
-            if str(error) != complaint:
-                log.warning("the status file cannot be written: %s", error)
+            if not complaint:
+                log.warning("the status file cannot be written: %s; `ctrport ps` shows what it can see itself", error)
             complaint = str(error)
         await asyncio.sleep(STATUS_PAUSE)
+
+
+def _report(reconciler: Reconciler, directory: Path) -> None:
+    said = reconciler.status(running=True)
+    try:
+        status.write(directory, said)
+    except OSError:
+        status.withdraw(directory)  # no longer so, and on a full disk it is in the place of the new one
+        status.write(directory, said)
+
+
+class _SpareFile:
+    """A file that is open for nothing: that no more may be opened must not keep the daemon from saying so."""
+
+    def __init__(self) -> None:
+        self._file = self._opened()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Let another file be opened in its place."""
+        if self._file is not None:
+            os.close(self._file)
+        try:
+            yield
+        finally:
+            self._file = self._opened()
+
+    @staticmethod
+    def _opened() -> int | None:
+        with contextlib.suppress(OSError):
+            return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        return None

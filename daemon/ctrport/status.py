@@ -141,6 +141,13 @@ def write(directory: Path, status: Status) -> None:
     new.replace(path)
 
 
+def withdraw(directory: Path) -> None:
+    """Take ``status.json`` away, where that can be done: better none than one that is not so any more."""
+    for name in ("status.new", "status.json"):
+        with contextlib.suppress(OSError):
+            (directory / name).unlink()
+
+
 def read(directory: Path) -> Status | None:
     """Return what the daemon last said, or None where it said nothing that can be read."""
     try:

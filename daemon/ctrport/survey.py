@@ -97,15 +97,18 @@ class Survey:
             log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
 
     async def everything(self) -> None:
-        """Look at the node and at every container there is. Raises ``ContainerdError``."""
+        """Look at the node and at every container there is. Raises ``ContainerdError``, and ``OSError`` as ``look``."""
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
-        self._take_in(dict.fromkeys(self._pods.running) | {listed.key: listed for listed in found})
+        # What is published is among it also where an earlier look broke off, which may have forgotten it already.
+        known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
+        self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
 
     async def look(self, seen: Mapping[ContainerKey, int | None]) -> None:
         """Look at these containers, each with the process it is said to have. Raises ``ContainerdError``.
 
+        And ``OSError`` where this process may not so much as open a file: then it has to look at ``everything`` again.
         What such a process shows is looked up while containerd answers, and counts if that is the process indeed.
         """
         keys = list(seen)

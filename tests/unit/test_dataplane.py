@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import logging
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -390,6 +391,79 @@ def test_flows_that_cannot_be_looked_at_are_complained_of_once(
         await dataplane.follow(went(WEB), NODE)
         await dataplane.drop_stale_flows()
         assert len(caplog.messages) == 2  # it had worked in between
+
+    run(work)
+
+
+def test_flows_that_could_not_be_looked_at_are_looked_at_again(ground: Ground) -> None:
+    moved = active("8080:80", "172.17.0.9")
+    [first], [here], [there] = WEB.attachments, DB.attachments, moved.attachments
+
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], NODE)
+        ground.conntrack_says = ConntrackError("conntrack did not end within 10 s")
+        for changes in (came(WEB, DB), [Change(WEB, moved)]):
+            await dataplane.follow(changes, NODE)
+            await dataplane.drop_stale_flows()
+        assert dataplane.complaint == "conntrack did not end within 10 s"
+        ground.conntrack_says = None
+        await dataplane.drop_stale_flows()  # with nothing new
+        # As it is now: what was opened where it no longer is would cut whoever is there.
+        assert ground.dropped == [[Opened(DB.mapping, here), Closed(WEB.mapping, first), Opened(WEB.mapping, there)]]
+        assert dataplane.complaint == ""
+        await dataplane.drop_stale_flows()
+        assert len(ground.dropped) == 1
+
+    run(work)
+
+
+def test_the_next_change_does_not_wait_for_flows(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go = asyncio.Event()
+
+    async def hangs(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
+        await let_go.wait()
+        return await ground.drop_stale(touched, node)
+
+    async def work() -> None:
+        monkeypatch.setattr(conntrack, "drop_stale", hangs)
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], NODE)
+        await dataplane.follow(came(WEB), NODE)
+        dropping = dataplane.drop_stale_flows()
+        await asyncio.sleep(0)
+        await dataplane.follow(came(DB), NODE)
+        assert dataplane.drop_stale_flows() is dropping
+        assert ground.dropped == []
+        let_go.set()
+        await dropping
+        assert [len(touched) for touched in ground.dropped] == [1, 1]
+
+    run(work)
+
+
+def test_a_switch_that_cannot_be_read_is_an_error_until_it_can(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(device: str) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], NODE)
+        with monkeypatch.context() as patched:
+            patched.setattr(localnet, "is_on", no_file)
+            patched.setattr(localnet, "is_off", no_file)
+            await dataplane.follow(came(WEB), NODE)
+            with pytest.raises(FirewallError, match="route_localnet of docker0 cannot be read: Too many open files"):
+                await dataplane.follow([], NODE, mend=True)
+            assert not in_line(dataplane)
+            assert not dataplane.switched_off()
+        await dataplane.follow([], NODE)
+        assert in_line(dataplane)
+        await dataplane.follow(went(WEB), NODE)
+        assert ground.switched() == "0"  # never left on without its guard, whatever it was before
 
     run(work)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrport.pace import Pace
+from ctrport.pace import Backoff, Pace
 
 
 def test_a_burst_passes_at_once_and_the_next_waits() -> None:
@@ -41,3 +41,10 @@ def test_in_any_time_no_more_turns_pass_than_the_burst_and_the_pace_allow(pauses
     for first in range(len(taken)):
         for last in range(first, len(taken)):
             assert last - first + 1 <= burst + (taken[last] - taken[first]) / 0.25 + 1e-6
+
+
+def test_each_failure_doubles_the_wait_up_to_the_most_and_success_begins_anew() -> None:
+    backoff = Backoff(1.0, 10.0)
+    assert [backoff.pause() for _ in range(6)] == [1, 2, 4, 8, 10, 10]
+    backoff.reset()
+    assert backoff.pause() == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import os
 import socket
 import struct
@@ -90,7 +91,12 @@ class LegacyAlarm:
         before = self._sizes()
         while True:
             await asyncio.sleep(self._interval)
-            now = self._sizes()
+            try:
+                now = self._sizes()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                continue  # no more files may be open: what changes meanwhile shows the next time
             if now != before:
                 yield None
             before = now

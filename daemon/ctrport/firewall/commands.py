@@ -36,4 +36,4 @@ def failure(what: str, ended: Ended, kind: type[FirewallError] = FirewallError) 
     """
     said = " ".join(line.strip() for line in ended.err.splitlines() if line.strip() and "Try `" not in line)
     forbidden = "Permission denied" in said or "Operation not permitted" in said
-    return (Unusable if forbidden else kind)(f"{what}: {said or f'exit status {ended.status}'}")
+    return (Unusable if forbidden else kind)(f"{what}: {said or ended.manner}")

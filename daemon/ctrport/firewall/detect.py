@@ -8,6 +8,7 @@ nft tables are asked first, and the legacy ones only where they exist already: t
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from dataclasses import dataclass
@@ -63,11 +64,16 @@ async def families(backend: str) -> tuple[Family, ...]:
 
 
 def legacy_tables(family: Family) -> set[str]:
-    """Return the names of the legacy tables that there are, without making one by asking."""
+    """Return the names of the legacy tables that there are, without making one by asking.
+
+    Raises ``OSError`` where no more files may be open.
+    """
     name = "ip_tables_names" if family is Family.IPV4 else "ip6_tables_names"
     try:
         return set(Path(f"/proc/thread-self/net/{name}").read_text().split())
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # or a table that is there would be taken for one that is not
         return set()  # the module is not loaded
 
 

@@ -75,7 +75,11 @@ class LegacyTables:
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
-        if table not in legacy_tables(self.family):
+        try:
+            there = legacy_tables(self.family)
+        except OSError as error:
+            raise FirewallError(f"the table {table} could not be looked for: {error.strerror}") from error
+        if table not in there:
             heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in KERNEL_CHAINS[table])
             return f"*{table}\n{heads}COMMIT\n"
         ended = await command(self._save, "-t", table.value)
