@@ -3,6 +3,8 @@
 PYTHON ?= python3
 CONFIG ?= /etc/ctrport/config.yaml
 ROUNDS ?= 30
+KILLS ?= 200
+SOAK_MINUTES ?= 10
 # Where `make install` puts ctrport, and what stands in front of every path of it: for packages.
 PREFIX ?= /opt/ctrport
 DESTDIR ?=
@@ -22,7 +24,8 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench drift matrix test lint unit node pythons stubs run install uninstall clean
+.PHONY: help tools venv demo bench drift matrix kills soak test lint unit node pythons stubs run install uninstall \
+	clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -50,6 +53,12 @@ drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy ne
 
 matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 5 minutes)
 	@$(BIN)/python -m tests.matrix
+
+kills: tools $(READY)  ## Kill the daemon and see what the next one makes of it (as root, 7 minutes): make kills KILLS=200
+	@$(BIN)/python -m tests.faults.kills --kills $(KILLS)
+
+soak: tools $(READY)  ## See that the daemon does not grow while all comes and goes (as root): make soak SOAK_MINUTES=10
+	@$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES)
 
 test: tools lint unit node  ## Check and test everything (as root, some minutes)
 

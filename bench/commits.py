@@ -42,7 +42,7 @@ class Commits:
     def __init__(self, host: Host) -> None:
         self._seen: list[Commit] = []
         self._failed: OSError | None = None
-        self._socket = inside(host.pid, ("net",), _listening)
+        self._socket = inside(host.pid, ("net",), listening)
         self._socket.settimeout(0.2)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -82,7 +82,8 @@ class Commits:
             self._seen += (Commit(at, writer) for writer in writers(data))
 
 
-def _listening() -> socket.socket:
+def listening() -> socket.socket:
+    """Return a socket that is told of each commit in the network namespace that it was made in: see ``writers``."""
     listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
     try:
         listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)

@@ -279,6 +279,8 @@ class Containerd:
             process = await self._process(key)
             return _listed(key, process, await stored)
         except NotFound:
+            # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
+            await asyncio.wait((stored,))
             return None
         finally:
             stored.cancel()

@@ -299,3 +299,22 @@ async def test_an_answer_that_cannot_be_decoded_is_an_error_of_ours(tmp_path: Pa
             await there.version()
         with pytest.raises(Refused, match="UNIMPLEMENTED"):
             await there.namespaces()
+
+
+@pytest.mark.asyncio
+async def test_a_look_at_what_is_gone_cancels_no_call(tmp_path: Path) -> None:
+    # A call that is cancelled costs gRPC memory for good, and containers go all the time.
+    ends = []
+
+    async def stored(request: bytes, context: Any) -> bytes:
+        context.add_done_callback(lambda context: ends.append(context.cancelled()))
+        await asyncio.sleep(0.05)
+        return containers_pb2.Container(id="web").SerializeToString()
+
+    async def task(request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no running task found")
+        return b""
+
+    async with serving(tmp_path, {}, {"Containers/Get": stored, "Tasks/Get": task}) as there:
+        assert await there.container(WEB) is None
+    assert ends == [False]

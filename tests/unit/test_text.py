@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrport.firewall import text as text_module
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
 from ctrport.firewall.tables import Tables
@@ -41,6 +43,17 @@ def test_a_tag_names_the_owner_and_is_read_back() -> None:
     assert found is not None
     assert found["owner"] == "default/web 8080:80/tcp"
     assert owner(tag(rule())) == "default/web 8080:80/tcp"
+
+
+def test_the_tags_of_rules_that_nobody_has_any_more_are_forgotten() -> None:
+    gc.collect()
+    before = len(text_module._tags)
+    kept = rule("default/kept 8080:80/tcp")
+    for number in range(1000):
+        tag(rule(f"default/gone-{number} 8080:80/tcp"))
+    tag(kept)
+    gc.collect()
+    assert len(text_module._tags) == before + 1
 
 
 @pytest.mark.parametrize("text", ["", "ctrport web", "docker web 0123456789ab", "ctrport  0123456789ab", "ctrport a b"])
