@@ -15,10 +15,11 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from . import __version__, netlink, systemd
+from .chronicle import Chronicle
 from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
@@ -28,7 +29,7 @@ from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import PublicationStatus, Status, networks, shown
+from .status import Status, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 
@@ -44,8 +45,6 @@ TICKS_TO_RESYNC = 6
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
-#: In so many seconds: how often the same drift is told of, and how often drift is told of at all.
-TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
 
 
 @dataclass(frozen=True)
@@ -96,16 +95,13 @@ class Reconciler:
         self._looked_at = 0.0  # when the kernel was last seen to hold what it should
         self._others_wrote = True
         self._deaf = True  # whether nobody tells when others write
-        self._repairs = 0
-        self._last_repair = ""
-        self._repairs_told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
+        self._chronicle = Chronicle()
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
         self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
-        self._since: dict[tuple[str, str, str], datetime] = {}
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
         self._complaint = ""  # of the dataplane's, as it was last shown
@@ -157,11 +153,13 @@ class Reconciler:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
         if config.containerd.address != self._survey.config.containerd.address:
             return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
-        ground = await self._prepare(config)
+        ground: Ground | None = None
         try:
+            ground = await self._prepare(config)
             await ground.dataplane.start()
-        except FirewallError as error:
-            await ground.close()
+        except (FirewallError, OSError) as error:
+            if ground is not None:
+                await ground.close()
             return self.stay(str(error))
         before = self._ground
         await self._leave_ground()
@@ -314,7 +312,7 @@ class Reconciler:
                 self._failed(error)
             else:
                 if drift:
-                    self._repaired(drift, grounds)
+                    self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
                 if self._problem:
@@ -327,8 +325,8 @@ class Reconciler:
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
-        for change in changes if told is None else self._compared(told, changes):
-            self._note(change, since)
+        for change in changes if told is None else self._chronicle.compared(told, changes):
+            self._chronicle.note(change, self._remark(change.after), since)
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line:
@@ -361,26 +359,6 @@ class Reconciler:
             pass
         return publications.settle()
 
-    def _repaired(self, drift: Drift, grounds: Grounds) -> None:
-        """Say what others had done to ours, and for how long; not each time, where they do it again and again.
-
-        Not by which process: a script that deletes a rule in a loop is another one each time.
-        """
-        now = time.monotonic()
-        by, gone, writers = "", f"at most {now - self._looked_at:.0f} s", set[str]()
-        if drift.in_tables and grounds.since is not None and grounds.writers:
-            writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
-            by = f", by {' or '.join(grounds.writers)}"
-            gone = f"{(now - grounds.since) * 1000:.0f} ms"
-        what = (str(drift), *sorted(writers))
-        self._repairs += 1
-        self._last_repair = f"{drift}{by}; repaired after {gone}"
-        self._repairs_told = [(told, at) for told, at in self._repairs_told if now < at + TELL_WITHIN]
-        same = sum(told == what for told, _ in self._repairs_told)
-        if same < TELL_SAME and len(self._repairs_told) < TELL_MOST:
-            self._repairs_told.append((what, now))
-            log.warning("drift: %s", self._last_repair)
-
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
         if str(error) != self._problem:
@@ -398,53 +376,15 @@ class Reconciler:
         self._on_change()
         return self._looking.pause()
 
-    def _compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
-        """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
-        left = {_subject_of(publication): publication for publication in told}
-        since, self._since = self._since, {}
-        news = []
-        for after in (change.after for change in changes if change.after is not None):
-            before = left.pop(_subject_of(after), None)
-            if before is not None and _name(before) in since:
-                self._since[_name(after)] = since[_name(before)]
-            if before is None or _said(before) != _said(after):
-                news.append(Change(before, after))
-        return news + [Change(before, None) for before in left.values()]
-
-    def _note(self, change: Change, since: float | None) -> None:
-        """Keep when a publication's state began, and log it."""
-        publication = change.after or change.before
-        assert publication is not None
-        key = _name(publication)
-        if change.after is None:
-            self._since.pop(key, None)
-            if publication.state is State.ACTIVE:
-                log.info("withdrawn %s mapping=%s", _subject(publication), publication.bound)
-            return
-        if change.before is None or change.before.state is not change.after.state:
-            self._since[key] = datetime.now(timezone.utc)
-        if publication.state is State.ACTIVE:
-            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
-            where = ",".join(str(attachment.address) for attachment in publication.attachments)
-            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
-            remark = self._dataplane.remark(publication)
-            if remark:
-                log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
-        else:
-            level = logging.INFO if publication.container is None else logging.WARNING
-            log.log(
-                level,
-                "%s %s mapping=%s source=%s reason=%r",
-                *(publication.state, _subject(publication), publication.mapping),
-                *(publication.source, publication.reason),
-            )
-
     def _summary(self) -> str:
         if self._problem:
             return f"not in line: {self._problem}"
         publications = self._survey.publications
         stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
         return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
+
+    def _remark(self, publication: Publication | None) -> str:
+        return "" if publication is None else self._dataplane.remark(publication)
 
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""
@@ -458,21 +398,15 @@ class Reconciler:
             firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
-            repairs=self._repairs,
-            last_repair=self._last_repair,
-            publications=[self._shown(publication) for publication in self._survey.publications],
+            repairs=self._chronicle.repairs,
+            last_repair=self._chronicle.last_repair,
+            publications=[
+                self._chronicle.shown(publication, self._remark(publication), self._problem)
+                for publication in self._survey.publications
+            ],
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
         )
-
-    def _shown(self, publication: Publication) -> PublicationStatus:
-        since = self._since.get(_name(publication))
-        if self._problem and publication.state is State.ACTIVE:
-            # It was decided, and may not be in the kernel.
-            publication = replace(publication, state=State.WAITING, reason=self._problem, bound=None)
-        elif publication.state is State.ACTIVE:
-            publication = replace(publication, reason=self._dataplane.remark(publication))
-        return PublicationStatus.of(publication, shown(since) if since else "")
 
 
 def _cpu() -> float:
@@ -484,24 +418,3 @@ def _cpu() -> float:
 async def _end(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def _subject_of(publication: Publication) -> tuple[str, str, str]:
-    """Return what a publication is called where lines of the configuration may have moved."""
-    whose = publication.source if publication.container is None else str(publication.container)
-    return (whose, str(publication.mapping), str(publication.access))
-
-
-def _said(publication: Publication) -> tuple[object, ...]:
-    addresses = [attachment.address for attachment in publication.attachments]
-    return (publication.state, publication.reason, publication.bound, addresses)
-
-
-def _name(publication: Publication) -> tuple[str, str, str]:
-    return (str(publication.container or ""), str(publication.mapping), publication.source)
-
-
-def _subject(publication: Publication) -> str:
-    if publication.pod is not None:
-        return f"pod={publication.pod} sandbox={publication.container}"
-    return f"container={publication.container or 'none'}"

@@ -1,0 +1,124 @@
+"""What happened, told once: since when each publication is as it is, and a line in the log for each change."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+from .firewall.drift import Drift
+from .model import Publication, State
+from .publish import Change
+from .status import PublicationStatus, shown
+from .suspicion import Grounds
+
+log = logging.getLogger(__name__)
+
+#: In so many seconds: how often the same drift is told of, and how often drift is told of at all.
+TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
+
+
+class Chronicle:
+    """Keeps since when each publication is as it is, and what was repaired.
+
+    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was.
+    """
+
+    def __init__(self) -> None:
+        self.repairs = 0
+        self.last_repair = ""
+        self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
+        self._since: dict[tuple[str, str, str], datetime] = {}
+
+    def note(self, change: Change, remark: str, since: float | None) -> None:
+        """Take in and log a change, with what else there is to say; ``since`` is when the event came that led to it."""
+        publication = change.after or change.before
+        assert publication is not None
+        key = _name(publication)
+        if change.after is None:
+            self._since.pop(key, None)
+            if publication.state is State.ACTIVE:
+                log.info("withdrawn %s mapping=%s", _subject(publication), publication.bound)
+            return
+        if change.before is None or change.before.state is not change.after.state:
+            self._since[key] = datetime.now(timezone.utc)
+        if publication.state is State.ACTIVE:
+            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
+            where = ",".join(str(attachment.address) for attachment in publication.attachments)
+            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
+            if remark:
+                log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
+        else:
+            level = logging.INFO if publication.container is None else logging.WARNING
+            log.log(
+                level,
+                "%s %s mapping=%s source=%s reason=%r",
+                *(publication.state, _subject(publication), publication.mapping),
+                *(publication.source, publication.reason),
+            )
+
+    def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
+        """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
+        left = {_wherever(publication): publication for publication in told}
+        since, self._since = self._since, {}
+        news = []
+        for after in (change.after for change in changes if change.after is not None):
+            before = left.pop(_wherever(after), None)
+            if before is not None and _name(before) in since:
+                self._since[_name(after)] = since[_name(before)]
+            if before is None or _said(before) != _said(after):
+                news.append(Change(before, after))
+        return news + [Change(before, None) for before in left.values()]
+
+    def shown(self, publication: Publication, remark: str, problem: str) -> PublicationStatus:
+        """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
+        since = self._since.get(_name(publication))
+        if publication.state is State.ACTIVE:
+            if problem:
+                publication = replace(publication, state=State.WAITING, reason=problem, bound=None)
+            else:
+                publication = replace(publication, reason=remark)
+        return PublicationStatus.of(publication, shown(since) if since else "")
+
+    def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
+        """Take in what others had done to ours, and log it; not each time, where they do it again and again.
+
+        ``looked_at`` is when all was right for the last time. Which process it was makes no difference: a script that
+        deletes a rule in a loop is another one each time.
+        """
+        now = time.monotonic()
+        by, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
+        if drift.in_tables and grounds.since is not None and grounds.writers:
+            writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
+            by = f", by {' or '.join(grounds.writers)}"
+            gone = f"{(now - grounds.since) * 1000:.0f} ms"
+        what = (str(drift), *sorted(writers))
+        self.repairs += 1
+        self.last_repair = f"{drift}{by}; repaired after {gone}"
+        self._told = [(told, at) for told, at in self._told if now < at + TELL_WITHIN]
+        if sum(told == what for told, _ in self._told) < TELL_SAME and len(self._told) < TELL_MOST:
+            self._told.append((what, now))
+            log.warning("drift: %s", self.last_repair)
+
+
+def _name(publication: Publication) -> tuple[str, str, str]:
+    return (str(publication.container or ""), str(publication.mapping), publication.source)
+
+
+def _wherever(publication: Publication) -> tuple[str, str, str]:
+    """Return what a publication goes by where lines of the configuration may have moved."""
+    whose = publication.source if publication.container is None else str(publication.container)
+    return (whose, str(publication.mapping), str(publication.access))
+
+
+def _said(publication: Publication) -> tuple[object, ...]:
+    addresses = [attachment.address for attachment in publication.attachments]
+    return (publication.state, publication.reason, publication.bound, addresses)
+
+
+def _subject(publication: Publication) -> str:
+    if publication.pod is not None:
+        return f"pod={publication.pod} sandbox={publication.container}"
+    return f"container={publication.container or 'none'}"
