@@ -10,21 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
-from . import conntrack, hairpin, localnet
-from .conntrack import Closed, ConntrackError, Opened
+from . import hairpin, localnet
 from .firewall import Firewall, FirewallError, Refused
 from .firewall.drift import Drift, drift
 from .firewall.plan import Plan
 from .firewall.text import owner, tag
-from .hostports import Claim, Held, NotOnNode, Reservations
-from .listeners import UNKNOWN
+from .flows import StaleFlows, closed, narrowed, opened, vacated
+from .holdings import Holdings
+from .hostports import Reservations
 from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, NodeFacts, PortRange, Publication
 from .networks import isolation, rules_beside, rules_of
-from .owners import LocalnetRecord, Owner, owner_of
+from .owners import LocalnetRecord, owner_of
 from .publish import Change
 from .rules import (
     Difference,
@@ -41,8 +41,6 @@ log = logging.getLogger(__name__)
 
 #: How often the kernel is read anew where what was read was not there any more when it was to be mended.
 MENDING_TRIES = 3
-#: How many mappings are remembered whose flows could not be looked at, to be tried again.
-MOST_STALE = 1000
 
 
 @dataclass(frozen=True)
@@ -87,16 +85,11 @@ class Dataplane:
         self._active: dict[str, Publication] = {}
         self._former: dict[str, Publication] = {}  # of the one before, until the kernel has followed
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
-        self._reservations = Reservations(0) if reservations is None else reservations
-        self._remarks: dict[str, str] = {}
-        self._fresh: set[str] = set()  # whose host ports were reserved since the last change was followed
-        self._vacated: set[str] = set()  # whose host ports are to be let go when their rules are gone
+        self._holdings = Holdings(Reservations(0) if reservations is None else reservations)
         self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
         self._hairpins_ours: set[str] = set()
         self._localnet_ours: dict[str, bool] = {}
-        self._touched: list[Opened | Closed] = []
-        self._stale: list[Opened | Closed] = []  # of what was touched: whose rules are in the kernel
-        self._dropping: asyncio.Task[None] | None = None
+        self._flows = StaleFlows(self._complain)
         self.complaint = ""
         self.chosen: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
         self.in_line = False
@@ -105,11 +98,10 @@ class Dataplane:
     def succeed(self, before: Dataplane) -> None:
         """Take over what another one has brought about with the same reservations, to go on from there."""
         self._former = dict(before._active)
-        self._vacated = set(before._active)
-        self._remarks = dict(before._remarks)
+        self._holdings.succeed(before._holdings, before._active)
         self._hairpins_ours = set(before._hairpins_ours)
         self.complaint = before.complaint
-        self._stale = [*before._stale, *before._touched]
+        self._flows.succeed(before._flows)
         self.transactions = before.transactions
 
     async def start(self) -> None:
@@ -137,63 +129,25 @@ class Dataplane:
         for after in (change.after for change in changes):
             if after is None or after.bound is None:
                 continue
-            held += self._reserve(after)
+            held += self._holdings.have(after, owner_of(after) in self._active, self.chosen)
         return held
 
     def reserve_again(self) -> list[Holder]:
         """Try again what could not be reserved of what is active; return whose sockets hold such host ports by now."""
         held: list[Holder] = []
-        for its in [its for its, remark in self._remarks.items() if remark and its in self._active]:
-            if self._reservations.is_full():
+        for its in self._holdings.worth_another_try(self._active):
+            if self._holdings.is_full():
                 break
-            held += self._reserve(self._active[its])
+            held += self._holdings.have(self._active[its], True, self.chosen)
         return held
-
-    def _reserve(self, publication: Publication) -> list[Holder]:
-        its, claim = owner_of(publication), _claim(publication)
-        if its not in self._active:
-            self._fresh.add(its)
-        # A port that was named is the operator's affair; one that is chosen is not to be one that the node uses. Other
-        # than one that an earlier run chose: meanwhile a connection may have it, which is no reason to give it up.
-        if publication.mapping.dynamic and its not in self._remarks and not self._was_chosen(publication):
-            used = self._reservations.in_use(claim)
-            if used:
-                return [_holder(Held(claim.protocol, address, port, UNKNOWN)) for address, port in used]
-        try:
-            self._remarks[its] = self._reservations.take(its, claim)
-        except Held as other:
-            return [_holder(other)]
-        except NotOnNode as reason:
-            self._remarks[its] = f"not reserved: {reason}"  # just coming or going: worth trying again
-        return []
-
-    def _was_chosen(self, publication: Publication) -> bool:
-        """Whether an earlier run chose the host ports that a publication has."""
-        assert publication.container is not None
-        assert publication.bound is not None
-        ports = publication.bound.host_ports
-        return ports is not None and ports in self.chosen.get((publication.container, publication.mapping), ())
 
     def still_held(self, holders: Iterable[Holder]) -> list[Holder]:
         """Return those of ``holders``, as they were found by ``reserve``, that are there still."""
-        found: list[Holder] = []
-        for holder in holders:
-            mapping = holder.mapping
-            assert mapping.host_ip is not None
-            assert mapping.host_ports is not None
-            try:
-                self._reservations.take(holder, Claim(mapping.protocol, mapping.host_ports, (mapping.host_ip,)))
-            except Held as other:
-                found.append(_holder(other))
-            except NotOnNode:
-                continue
-            else:
-                self._reservations.release(holder)
-        return found
+        return self._holdings.still_held(holders)
 
     def remark(self, publication: Publication) -> str:
         """Return what is to be said of an active publication's host ports; empty where they are reserved."""
-        return self._remarks.get(owner_of(publication), "") if publication.bound is not None else ""
+        return self._holdings.remark(owner_of(publication)) if publication.bound is not None else ""
 
     async def follow(self, changes: Sequence[Change], node: NodeFacts, *, mend: bool = False) -> Drift:
         """Make the kernel hold what changed, in one transaction a family.
@@ -204,7 +158,7 @@ class Dataplane:
         """
         was_in_line = self.in_line
         difference = self._take_in(changes, node)
-        self._give_up_unused()
+        self._holdings.give_up_unused(self._active)
         if was_in_line and not mend and (not difference or await self._write_change(difference, changes)):
             return Drift()
         self.in_line = False
@@ -260,12 +214,12 @@ class Dataplane:
         self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
         restored = dict.fromkeys(rule.owner for plan in plans for rule in plan.added)
-        self._touched += _opened(self._active[its] for its in restored if its in self._active)
+        self._flows.touch(opened(self._active[its] for its in restored if its in self._active))
         removed = {owner(each) for plan in plans for each in plan.removed_tags}
-        self._touched += _vacated(sorted(removed), self._active.values())
-        self._touched += _narrowed(self._active[its] for its in sorted(removed) if its in self._active)
+        self._flows.touch(vacated(sorted(removed), self._active.values()))
+        self._flows.touch(narrowed(self._active[its] for its in sorted(removed) if its in self._active))
         for its, former in self._former.items():
-            self._touched += _closed(former, self._active.get(its))
+            self._flows.touch(closed(former, self._active.get(its)))
         self._former.clear()
         return plans
 
@@ -292,9 +246,7 @@ class Dataplane:
 
     async def close(self) -> None:
         """Give up what ``prepare`` holds, and the flows that are being removed. The host ports are held on."""
-        if self._dropping is not None:
-            self._dropping.cancel()
-            await asyncio.gather(self._dropping, return_exceptions=True)
+        await self._flows.close()
         for firewall in self._firewalls.values():
             await firewall.close()
 
@@ -329,7 +281,7 @@ class Dataplane:
 
         Those that an earlier run left, and that no publication has, are let go.
         """
-        await self._reservations.keep()
+        await self._holdings.keep()
 
     def drop_stale_flows(self) -> asyncio.Task[None]:
         """Begin to remove the flows that what was written made stale; the task ends when that is done.
@@ -337,27 +289,7 @@ class Dataplane:
         Beside all else: the next mapping does not wait for it. Where it fails it says so once, and the next call tries
         again; the rules are right all the same.
         """
-        touched, self._touched = self._touched, []
-        self._stale = _superseded(self._stale, touched) + touched
-        if self._dropping is not None and self._dropping.done():
-            self._dropping.result()
-        if self._dropping is None or self._dropping.done():
-            self._dropping = asyncio.create_task(self._drop_stale_flows())
-        return self._dropping
-
-    async def _drop_stale_flows(self) -> None:
-        while self._stale:
-            stale, self._stale = self._stale, []
-            try:
-                await conntrack.drop_stale(stale, self._node.addresses)
-            except ConntrackError as error:
-                self._complain(str(error))
-                self._stale = (_superseded(stale, self._stale) + self._stale)[-MOST_STALE:]
-                return
-            except asyncio.CancelledError:
-                self._stale = stale + self._stale  # for who goes on from here
-                raise
-            self.complaint = ""
+        return self._flows.drop(lambda: self._node.addresses)
 
     async def _write(self, transition: Transition) -> None:
         for device in transition.localnet_off:
@@ -367,18 +299,7 @@ class Dataplane:
             await firewall.apply(plan)
         for device in transition.localnet_on:
             _switch(device, True)
-        self._release(self._vacated - self._active.keys())
-        self._vacated.clear()
-
-    def _give_up_unused(self) -> None:
-        """Let go of what was reserved for publications that were not to be active after all, and have no rules."""
-        self._release(self._fresh - self._active.keys() - self._vacated)
-        self._fresh.clear()
-
-    def _release(self, owners: Iterable[str]) -> None:
-        for its in owners:
-            self._reservations.release(its)
-            self._remarks.pop(its, None)
+        self._holdings.leave_vacated(self._active)
 
     def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
         """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""
@@ -414,7 +335,7 @@ class Dataplane:
 
     def _complain(self, complaint: str) -> None:
         """Say what could not be done though the rules are right; not twice in a row."""
-        if complaint != self.complaint:
+        if complaint and complaint != self.complaint:
             log.warning("%s", complaint)
         self.complaint = complaint
 
@@ -428,19 +349,19 @@ class Dataplane:
                 its = owner_of(before)
                 old += self._rules(before)
                 self._active.pop(its)
-                self._vacated.add(its)
+                self._holdings.vacate(its)
                 for port in {attachment.port or "" for attachment in _bridged(before)}:
                     self._behind[port].discard(its)
                     if not self._behind[port]:
                         del self._behind[port]
-                self._touched += _closed(before, change.after)
+                self._flows.touch(closed(before, change.after))
         for after in (change.after for change in changes):
             if after is not None and after.attachments:
                 new += self._rules(after)
                 self._active[owner_of(after)] = after
                 for attachment in _bridged(after):
                     self._behind.setdefault(attachment.port or "", set()).add(owner_of(after))
-                self._touched += _opened([after])
+                self._flows.touch(opened([after]))
         difference = self._wanted.replace(old, new)
         for record in _records(difference.removed):
             del self._localnet_ours[record.device]
@@ -492,30 +413,6 @@ def _sorted(addresses: Iterable[Address]) -> list[Address]:
     return sorted(addresses, key=lambda address: (address.version, int(address)))
 
 
-def _vacated(owners: Iterable[str], active: Iterable[Publication]) -> Iterator[Closed]:
-    """Return the mappings that an earlier run's rules were of, but for those whose host ports are served now."""
-    bound = (publication.bound for publication in active if publication.bound is not None)
-    served = {(mapping.protocol, port) for mapping in bound for port in mapping.host_ports or ()}
-    for each in owners:
-        its = Owner.parse(each)
-        if its is not None and not any((its.bound.protocol, port) in served for port in its.bound.host_ports or ()):
-            yield Closed(its.bound, None)
-
-
-def _narrowed(publications: Iterable[Publication]) -> Iterator[Closed]:
-    """Return the mappings that lost a rule of theirs and are served still: who used it may be let in no more."""
-    for publication in publications:
-        for attachment in publication.attachments:
-            assert publication.bound is not None
-            yield Closed(publication.bound, attachment, connections=False)
-
-
-def _superseded(earlier: Iterable[Opened | Closed], later: Iterable[Opened | Closed]) -> list[Opened | Closed]:
-    """Return what is still to be looked at of ``earlier``: flows of what was touched again are judged by that alone."""
-    again = {(one.mapping, family) for one in later for family in one.families}
-    return [one for one in earlier if not any((one.mapping, family) in again for family in one.families)]
-
-
 def _switch(device: str, on: bool) -> None:
     try:
         localnet.switch(device, on)
@@ -543,31 +440,6 @@ def _bridged(publication: Publication) -> list[Attachment]:
     if host_ip is not None and host_ip.is_loopback:
         return []
     return [attachment for attachment in publication.attachments if attachment.port is not None]
-
-
-def _claim(publication: Publication) -> Claim:
-    """Return the host ports that a publication is to have reserved, on what addresses."""
-    bound = publication.bound
-    assert bound is not None
-    assert bound.host_ports is not None
-    host_ip = None if bound.any_host_ip else bound.host_ip
-    families = (Family.of(attachment.address) for attachment in publication.attachments)
-    return Claim(bound.protocol, bound.host_ports, tuple(host_ip or family.unspecified for family in families))
-
-
-def _holder(held: Held) -> Holder:
-    port = PortRange(held.port, held.port)
-    return Holder(held.holder, Mapping(held.at, port, port, held.protocol))
-
-
-def _opened(publications: Iterable[Publication]) -> list[Opened | Closed]:
-    return [Opened(p.bound, attachment) for p in publications if p.bound for attachment in p.attachments]
-
-
-def _closed(before: Publication, after: Publication | None) -> list[Opened | Closed]:
-    """Return what is no longer served; what is served on as it was keeps its flows."""
-    kept = after.attachments if after is not None and after.bound == before.bound else ()
-    return [Closed(before.bound, each) for each in before.attachments if before.bound and each not in kept]
 
 
 def _records(rules: Iterable[Rule]) -> list[LocalnetRecord]:
