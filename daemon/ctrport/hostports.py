@@ -1,14 +1,7 @@
-"""Sockets that hold a host port.
+"""The host ports that are held, each for who wants it, and by whom others are.
 
 DNAT publishes a port without a socket, so that any process could take it as well. Each host port is therefore bound by
-a socket that answers nobody. It meets only what the rules do not take:
-
-- TCP: bound, and not listening: a client is refused at once. Such a socket is in no /proc/net/tcp; ``ss`` shows it from
-  iproute2 6.8 and Linux 6.8 on, with ``--bound-inactive``.
-- UDP: bound, with a filter that drops everything: a datagram vanishes, without ICMP, and nothing is queued.
-- SCTP: bound, where the kernel has it.
-
-IPv6 sockets are for IPv6 alone. No socket keeps SO_REUSEADDR or SO_REUSEPORT, so nobody else can bind the port.
+a socket that answers nobody (see ``portsockets``).
 
 TCP remembers ended connections for a minute (TIME_WAIT), and a bind without SO_REUSEADDR fails for as long. That is no
 reason not to publish, so where nothing but connections is seen on the port, the bind is done with SO_REUSEADDR, which
@@ -24,38 +17,19 @@ that there is no moment at which another process could bind the port. What such 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
-import resource
 import socket
-import struct
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import NamedTuple
 
 from .listeners import UNKNOWN, Bound, Entry, entries, holder
 from .model import Address, PortRange, Protocol
+from .portsockets import Cell, adopted, bind, set_reuse
 from .systemd import FileStore
-
-#: Files that the daemon may have open beside its reservations.
-OTHER_FILES = 256
-
-_KINDS = {
-    Protocol.TCP: (socket.SOCK_STREAM, socket.IPPROTO_TCP),
-    Protocol.UDP: (socket.SOCK_DGRAM, socket.IPPROTO_UDP),
-    Protocol.SCTP: (socket.SOCK_STREAM, 132),  # IPPROTO_SCTP, which not every Python has
-}
-
-# One instruction of classic BPF, "return 0": take no byte of the packet (linux/filter.h). The struct that points to it
-# is read by the kernel during the call only.
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-_RETURN_0 = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0), 8)
-_DROP_ALL = struct.pack("HP", 1, ctypes.addressof(_RETURN_0))
 
 _NO_FILES_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: Seconds that systemd may take to close a socket after it has agreed to: from version 254 on another process does it.
@@ -105,20 +79,12 @@ class _NoFilesLeft(Exception):
 _Port = tuple[Protocol, int]
 
 
-class _Cell(NamedTuple):
-    """What one socket holds. There are thousands, and an address as text is quicker to look up and to bind."""
-
-    protocol: Protocol
-    address: str
-    port: int
-
-
 @dataclass(frozen=True)
 class _Taken:
     """What a key has: its claim, those of its cells that a socket of ours holds, and why not all."""
 
     claim: Claim
-    cells: frozenset[_Cell]
+    cells: frozenset[Cell]
     remark: str
 
 
@@ -146,10 +112,10 @@ class Reservations:
         self.limit = limit
         self.name_container = name_container
         self._store = FileStore() if store is None else store  # an empty one counts as False
-        self._adopted: dict[_Cell, socket.socket] = {}  # an earlier run's, which nobody has taken yet
+        self._adopted: dict[Cell, socket.socket] = {}  # an earlier run's, which nobody has taken yet
         self._leaving: set[_Port] = set()  # those that the store may still have to close
         self._taken: dict[Hashable, _Taken] = {}
-        self._users: Counter[_Cell] = Counter()
+        self._users: Counter[Cell] = Counter()
         self._sockets: dict[_Port, dict[str, socket.socket]] = {}
 
     def __len__(self) -> int:
@@ -171,7 +137,7 @@ class Reservations:
         before = self._taken.get(key)
         if not self.limit or (before is not None and before.claim == claim and not before.remark):
             return ""
-        old = before.cells if before is not None else frozenset[_Cell]()
+        old = before.cells if before is not None else frozenset[Cell]()
         wanted = list(_cells(claim))
         fresh = [cell for cell in wanted if self._socket(cell) is None]
         keep = self._ports_after(old.difference(wanted), fresh) <= self.limit
@@ -205,7 +171,7 @@ class Reservations:
             if (cell.protocol, cell.port) in self._sockets or cell in self._adopted:
                 continue  # ours, for another key or of an earlier run: taking it tells
             try:
-                _bind(cell, reuse=False).close()
+                bind(cell, reuse=False).close()
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     found.append((ip_address(cell.address), cell.port))
@@ -221,7 +187,7 @@ class Reservations:
         for name, file in files:
             lot = lots.setdefault(name, {})
             try:
-                cell, one = _adopted(file)
+                cell, one = adopted(file)
             except OSError:
                 spoilt.add(name)
                 continue
@@ -256,7 +222,7 @@ class Reservations:
         """Have the store let go of everything, after ``close``."""
         await self._store.clear()
 
-    def _ports_after(self, gone: Iterable[_Cell], fresh: Iterable[_Cell]) -> int:
+    def _ports_after(self, gone: Iterable[Cell], fresh: Iterable[Cell]) -> int:
         """Return how many ports there will be when a key has given up what is ``gone``, and has what is ``fresh``."""
         freed: dict[_Port, set[str]] = {}
         for cell in gone:
@@ -268,10 +234,10 @@ class Reservations:
         new = sum(port not in self._sockets for port in fresh_ports)
         return len(self._sockets) - len(gone_ports - fresh_ports) + new
 
-    def _socket(self, cell: _Cell) -> socket.socket | None:
+    def _socket(self, cell: Cell) -> socket.socket | None:
         return self._sockets.get((cell.protocol, cell.port), {}).get(cell.address)
 
-    def _drop(self, cells: Iterable[_Cell]) -> None:
+    def _drop(self, cells: Iterable[Cell]) -> None:
         gone = {}
         for cell in cells:
             self._users[cell] -= 1
@@ -284,19 +250,19 @@ class Reservations:
                 del self._sockets[cell.protocol, cell.port]
         self._gone(gone)
 
-    def _gone(self, sockets: Mapping[_Cell, socket.socket]) -> None:
+    def _gone(self, sockets: Mapping[Cell, socket.socket]) -> None:
         for one in sockets.values():
             one.close()
         if self._store.remove(sockets):
             self._leaving.update((cell.protocol, cell.port) for cell in sockets)
 
-    def _bind_all(self, claim: Claim, cells: list[_Cell], keep: bool) -> tuple[dict[_Cell, socket.socket], str]:
+    def _bind_all(self, claim: Claim, cells: list[Cell], keep: bool) -> tuple[dict[Cell, socket.socket], str]:
         """Return the sockets, and why there is not one for each cell. Raises ``Held`` or ``NotOnNode``."""
         others = _Others(claim)
         if not keep:
             return {}, self._check(cells, others, f"firewall.reserve_limit ({self.limit}) is reached")
         with contextlib.ExitStack() as undo:
-            bound, remarks = dict[_Cell, socket.socket](), dict[str, None]()
+            bound, remarks = dict[Cell, socket.socket](), dict[str, None]()
             try:
                 for cell in cells:
                     try:
@@ -311,7 +277,7 @@ class Reservations:
             undo.pop_all()
         return bound, _sentence(remarks)
 
-    def _check(self, cells: list[_Cell], others: _Others, why: str) -> str:
+    def _check(self, cells: list[Cell], others: _Others, why: str) -> str:
         """See that nobody has these ports, and hold none."""
         for cell in cells:
             try:
@@ -322,11 +288,11 @@ class Reservations:
                 return f"not reserved, and not looked at: {why}"
         return f"not reserved, only looked at: {why}"
 
-    def _bind(self, cell: _Cell, others: _Others) -> socket.socket:
+    def _bind(self, cell: Cell, others: _Others) -> socket.socket:
         """Return a socket that holds ``cell``. Raises all of this module's errors."""
         try:
             try:
-                return _bind(cell, reuse=False)
+                return bind(cell, reuse=False)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
@@ -334,7 +300,7 @@ class Reservations:
         except OSError as error:
             raise _explained(error, cell) from error
 
-    def _bind_left(self, cell: _Cell) -> socket.socket | None:
+    def _bind_left(self, cell: Cell) -> socket.socket | None:
         """Bind where a socket is in the way that was let go of here, and that the store has perhaps not closed yet."""
         if (cell.protocol, cell.port) not in self._leaving:
             return None
@@ -343,7 +309,7 @@ class Reservations:
         end = time.monotonic() + _CLOSING
         while True:
             try:
-                return _bind(cell, reuse=False)
+                return bind(cell, reuse=False)
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
@@ -351,7 +317,7 @@ class Reservations:
                 return None
             time.sleep(0.001)
 
-    def _bind_contested(self, cell: _Cell, others: _Others) -> socket.socket:
+    def _bind_contested(self, cell: Cell, others: _Others) -> socket.socket:
         """Bind where a socket is in the way: perhaps one of ours, perhaps one that serves nobody."""
         ours = list(self._sockets.get((cell.protocol, cell.port), {}).values())
         ours += [one for its, one in self._adopted.items() if (its.protocol, its.port) == (cell.protocol, cell.port)]
@@ -366,9 +332,9 @@ class Reservations:
         reuse = bool(ours) or (bool(found) and cell.protocol is not Protocol.UDP)
         try:
             for one in ours:
-                _set_reuse(one, True)
+                set_reuse(one, True)
             # Where nothing is to be seen, it may have ended in between: the second try tells.
-            return _bind(cell, reuse)
+            return bind(cell, reuse)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -379,7 +345,7 @@ class Reservations:
             raise _held(cell, UNKNOWN) from error
         finally:
             for one in ours:
-                _set_reuse(one, False)
+                set_reuse(one, False)
 
 
 class _Others:
@@ -390,7 +356,7 @@ class _Others:
         self._read: dict[int, list[Entry]] | None = None
         self._asked = False
 
-    def at(self, cell: _Cell) -> list[Entry]:
+    def at(self, cell: Cell) -> list[Entry]:
         """Return those that could be in the way of ``cell``."""
         if self._read is None:
             self._read = entries(self._claim.protocol, self._claim.ports)
@@ -403,87 +369,23 @@ class _Others:
         return UNKNOWN if asked else holder(inodes, name_container)
 
 
-def _cells(claim: Claim) -> Iterator[_Cell]:
+def _cells(claim: Claim) -> Iterator[Cell]:
     for address in dict.fromkeys(map(str, claim.addresses)):
         for port in claim.ports:
-            yield _Cell(claim.protocol, address, port)
+            yield Cell(claim.protocol, address, port)
 
 
-def _held(cell: _Cell, by: str) -> Held:
+def _held(cell: Cell, by: str) -> Held:
     return Held(cell.protocol, ip_address(cell.address), cell.port, by)
 
 
-def _where(entry: Entry, cell: _Cell) -> Address:
+def _where(entry: Entry, cell: Cell) -> Address:
     """Return where a socket is in the way of ``cell``: at its own address alone, where it has one."""
     at, wanted = entry.bound.unmapped, ip_address(cell.address)
     return wanted if at.is_unspecified or at.version != wanted.version else at
 
 
-def _bind(cell: _Cell, reuse: bool) -> socket.socket:
-    """Return a socket that holds ``cell``, bound with SO_REUSEADDR or without, and without it from then on."""
-    family = socket.AF_INET6 if ":" in cell.address else socket.AF_INET
-    one = socket.socket(family, *_KINDS[cell.protocol])
-    try:
-        if family == socket.AF_INET6:
-            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if cell.protocol is Protocol.UDP:
-            one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)  # before the first datagram can come
-        if reuse:
-            _set_reuse(one, True)
-        one.bind((cell.address, cell.port))
-        if reuse:
-            _set_reuse(one, False)
-    except BaseException:
-        one.close()
-        raise
-    return one
-
-
-def _adopted(file: int) -> tuple[_Cell, socket.socket]:
-    """Return what a file holds that was opened by ``_bind``, and its socket. Raises OSError where it is another's.
-
-    That one is closed.
-    """
-    try:
-        one = socket.socket(fileno=file)
-    except OSError:
-        os.close(file)
-        raise
-    try:
-        protocol = next((its for its, kind in _KINDS.items() if kind == (one.type, one.proto)), None)
-        if protocol is None or one.family not in (socket.AF_INET, socket.AF_INET6):
-            raise OSError(errno.EPROTONOSUPPORT, "no socket for a host port")
-        address, port = one.getsockname()[:2]
-        if not port or _is_in_use(one):
-            raise OSError(errno.EINVAL, "no socket that holds a port and no more")
-        if one.family == socket.AF_INET6 and not one.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
-            raise OSError(errno.EINVAL, "a socket for both families")
-        # As _bind leaves it, though its process may have been killed in the middle of something.
-        _set_reuse(one, False)
-        if protocol is Protocol.UDP:
-            one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _DROP_ALL)
-    except BaseException:
-        one.close()
-        raise
-    return _Cell(protocol, address, port), one
-
-
-def _is_in_use(one: socket.socket) -> bool:
-    """Whether a socket listens or is connected."""
-    if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-        return True
-    try:
-        one.getpeername()
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
-
-
-def _set_reuse(one: socket.socket, reuse: bool) -> None:
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-
-
-def _explained(error: OSError, cell: _Cell) -> Exception:
+def _explained(error: OSError, cell: Cell) -> Exception:
     if error.errno == errno.EADDRNOTAVAIL:
         return NotOnNode(ip_address(cell.address))
     if error.errno in _NO_FILES_LEFT:
@@ -499,25 +401,3 @@ def _explained(error: OSError, cell: _Cell) -> Exception:
 def _sentence(remarks: Iterable[str]) -> str:
     first, *more = [*remarks] or [""]
     return first and f"not reserved: {first}" + (f", and {len(more)} more" if more else "")
-
-
-def allow_sockets(limit: int) -> int:
-    """Raise RLIMIT_NOFILE to what ``limit`` sockets need, as far as its hard limit goes; return how many then fit.
-
-    It is never lowered. The programs that the daemon starts inherit it.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = limit + OTHER_FILES if hard == resource.RLIM_INFINITY else min(limit + OTHER_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        soft = most
-    return limit if soft == resource.RLIM_INFINITY else max(0, min(limit, soft - OTHER_FILES))
-
-
-def inheritable_sockets() -> int:
-    """Return how many sockets this process could have been started with, and still have opened what it needs.
-
-    To be asked before ``allow_sockets``: the next run begins with the limit that this one began with.
-    """
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else max(0, soft - OTHER_FILES)

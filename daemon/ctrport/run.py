@@ -22,8 +22,9 @@ from .firewall.detect import choose, families, legacy_tables
 from .firewall.iptables_legacy import LegacyTables
 from .firewall.iptables_nft import NftCommands
 from .firewall.tables import Tables
-from .hostports import Reservations, allow_sockets, inheritable_sockets
+from .hostports import Reservations
 from .model import Family
+from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler
 from .rules import Layout, Place
 from .survey import Survey

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ctrport.hostports import OTHER_FILES
+from ctrport.portsockets import OTHER_FILES
 from embedded.container import Container
 from embedded.host import end_process
 from embedded.network import Network

@@ -186,6 +186,7 @@ def script(host: Host, text: str) -> str:
 import os, resource
 from ipaddress import ip_address
 from ctrport.hostports import *
+from ctrport.portsockets import *
 from ctrport.model import *
 def claim(first, last):
     return Claim(Protocol.TCP, PortRange(first, last), (ip_address("0.0.0.0"),))

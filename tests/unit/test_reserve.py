@@ -265,7 +265,7 @@ def test_a_process_on_one_address_keeps_nobody_off_the_others(
         return "nginx"
 
     monkeypatch.setattr(hostports, "entries", there)
-    monkeypatch.setattr(hostports, "_bind", refused)
+    monkeypatch.setattr(hostports, "bind", refused)
     monkeypatch.setattr(hostports, "holder", name)
     with pytest.raises(Held) as held:
         Reservations(10).take("web", Claim(Protocol.TCP, PortRange(8080, 8080), (ip_address("0.0.0.0"),)))

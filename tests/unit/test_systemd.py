@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ctrport import config, systemd
-from ctrport.hostports import OTHER_FILES
+from ctrport.portsockets import OTHER_FILES
 from ctrport.systemd import FILES_A_MESSAGE, LENGTH_OF_NAMES, FileStore, received
 from embedded.wait import eventually
 from tests.systemd import Systemd
