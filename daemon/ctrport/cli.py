@@ -136,7 +136,7 @@ def plan(path: str, directory: Path) -> None:
 
 @cli.command()
 @_directory_option
-@click.option("--force", is_flag=True, help="Even while the daemon runs, which will put its rules back.")
+@click.option("--force", is_flag=True, help="Even while the daemon runs, which puts its rules back unless it hangs.")
 def clean(directory: Path, force: bool) -> None:
     """Remove every rule of ctrport. Needs neither a configuration nor containerd."""
     from . import run as daemon

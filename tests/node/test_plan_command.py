@@ -8,6 +8,7 @@ import subprocess
 
 from embedded.node import Node
 from embedded.traffic import Refused, Server, probe_tcp
+from embedded.wait import eventually
 from tests.node.daemon import Ctrport, publish, wait_open
 
 WEB = publish(("{container: web}", "8080:80"))
@@ -156,15 +157,14 @@ def test_plan_of_another_configuration_while_the_daemon_runs(node: Node, ctrport
     ctrport.configure(WEB)
     ctrport.start()
     wait_open(node, 8080, "web")
-    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "8081:81")))
-    lines = to_change(ctrport)
-    assert rules(lines, "-") == []
-    added = rules(lines, "+")
-    assert len(added) == 3
-    assert all("ctrport default/web 8081:81/tcp " in rule for _, rule in added)
-    before = ours(node)
-    ctrport.stop()
-    ctrport.start()
+    with ctrport.frozen():
+        ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "8081:81")))
+        lines = to_change(ctrport)
+        assert rules(lines, "-") == []
+        added = rules(lines, "+")
+        assert len(added) == 3
+        assert all("ctrport default/web 8081:81/tcp " in rule for _, rule in added)
+        before = ours(node)
     wait_open(node, 8081, "web")
     assert sorted(ours(node)) == sorted(before + added)
 
@@ -177,14 +177,15 @@ def test_plan_while_the_daemon_holds_the_host_ports_shows_what_drifted_or_leads_
     ctrport.start()
     wait_open(node, 8080, "web")
     gone = [rule for rule in ours(node) if rule[0].startswith("nat") and "-A DOCKER " in rule[1]]
-    for program in ("iptables-nft", "ip6tables-nft"):
-        node.run(program, "-t", "nat", "-F", "DOCKER")
-    lines = to_change(ctrport)
+    with ctrport.frozen():
+        for program in ("iptables-nft", "ip6tables-nft"):
+            node.run(program, "-t", "nat", "-F", "DOCKER")
+        lines = to_change(ctrport)
     assert (sorted(rules(lines, "+")), rules(lines, "-")) == (sorted(gone), [])
-    ctrport.stop()
-    ctrport.start()
-    ctrport.configure(publish(("{container: web}", "8080:81"), ("{container: web}", "8000-8002:80/udp")))
-    lines = to_change(ctrport)
+    eventually(lambda: plan(ctrport).returncode == 0, what="the daemon having mended it")
+    with ctrport.frozen():
+        ctrport.configure(publish(("{container: web}", "8080:81"), ("{container: web}", "8000-8002:80/udp")))
+        lines = to_change(ctrport)
     assert len(rules(lines, "+")) == len(rules(lines, "-")) == 3
     assert all("ctrport default/web 8080:81/tcp " in rule for _, rule in rules(lines, "+"))
     assert all("ctrport default/web 8080:80/tcp " in rule for _, rule in rules(lines, "-"))
