@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
@@ -31,9 +31,32 @@ class Chronicle:
         self.last_repair = ""
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._since: dict[tuple[str, str, str], datetime] = {}
+        self._untold: dict[tuple[str, str, str], tuple[Change, float | None]] = {}
 
-    def note(self, change: Change, remark: str, since: float | None) -> None:
-        """Take in and log a change, with what else there is to say; ``since`` is when the event came that led to it."""
+    def take(self, changes: Iterable[Change], since: float | None) -> None:
+        """Take in what changed; ``since`` is when the event came that led to it."""
+        for change in changes:
+            publication = change.after or change.before
+            assert publication is not None
+            untold = self._untold.pop(_name(publication), None)
+            if untold is not None:
+                change, since = Change(untold[0].before, change.after), untold[1]
+            if change.before is not None or change.after is not None:
+                self._untold[_name(publication)] = (change, since)
+
+    def tell(self, remark: Callable[[Publication], str], *, in_line: bool) -> None:
+        """Log what was taken in, with what else there is to say of it.
+
+        Not that something is published, or not any more, before the kernel is ``in_line`` with that.
+        """
+        untold, self._untold = self._untold, {}
+        for key, (change, since) in untold.items():
+            if in_line or (change.after is not None and change.after.state is not State.ACTIVE):
+                self._note(change, "" if change.after is None else remark(change.after), since)
+            else:
+                self._untold[key] = (change, since)
+
+    def _note(self, change: Change, remark: str, since: float | None) -> None:
         publication = change.after or change.before
         assert publication is not None
         key = _name(publication)

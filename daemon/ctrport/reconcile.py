@@ -326,8 +326,8 @@ class Reconciler:
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
-        for change in changes if told is None else self._chronicle.compared(told, changes):
-            self._chronicle.note(change, self._remark(change.after), since)
+        self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
+        self._chronicle.tell(self._remark, in_line=self._dataplane.in_line)
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line:
@@ -384,8 +384,8 @@ class Reconciler:
         stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
         return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
 
-    def _remark(self, publication: Publication | None) -> str:
-        return "" if publication is None else self._dataplane.remark(publication)
+    def _remark(self, publication: Publication) -> str:
+        return self._dataplane.remark(publication)
 
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""

@@ -103,7 +103,7 @@ class LegacyTables:
         operations = sum(len(block.ops) for block in plan.blocks)
         answer = await self._worker.ask(request, self._timeout + TIMEOUT_EACH * operations)
         if answer["error"]:
-            kind = Unusable if answer["unusable"] else Refused
+            kind = Unusable if answer["unusable"] else Refused if answer["changed"] else FirewallError
             raise kind(f"the rules could not be written: {answer['error']}")
 
 

@@ -44,6 +44,10 @@ class _Refused(Exception):
     """A table could not be written, for a reason that leaves this process as good as before."""
 
 
+class _Changed(_Refused):
+    """The table does not hold what the steps take for granted: to read it anew will help."""
+
+
 def main() -> None:
     """Answer until stdin ends."""
     family = int(sys.argv[1])
@@ -69,15 +73,16 @@ def main() -> None:
 def _answer(library: _Library | str, commits: Sequence[Commit]) -> tuple[dict[str, object], bool]:
     """Return what to say to a line, and whether this process has to go."""
     if isinstance(library, str):
-        return {"error": library, "unusable": True}, False
+        return {"error": library, "unusable": True, "changed": False}, False
     try:
         library.write(commits)
     except _Refused as error:
-        return {"error": str(error), "unusable": "Permission denied" in str(error)}, False
+        unusable = "Permission denied" in str(error)
+        return {"error": str(error), "unusable": unusable, "changed": isinstance(error, _Changed)}, False
     except Exception as error:
         # A value was refused, though all were checked before they came here: that cost a piece of the stack.
-        return {"error": f"{type(error).__name__}: {error}", "unusable": False}, True
-    return {"error": "", "unusable": False}, False
+        return {"error": f"{type(error).__name__}: {error}", "unusable": False, "changed": False}, True
+    return {"error": "", "unusable": False, "changed": False}, False
 
 
 class _Library:
@@ -105,7 +110,7 @@ class _Library:
                 except self._error as error:
                     said = re.sub(r"b'(.*)'", r"\1", str(error))
                     if "temporarily unavailable" not in said or not left:
-                        raise _Refused(f"the table {each.table} could not be written: {said}") from error
+                        raise _Changed(f"the table {each.table} could not be written: {said}") from error
 
     def _commit(self, commit: Commit, entries: Sequence[bytes | None]) -> None:
         table = self._table(commit.table, autocommit=False)
@@ -208,8 +213,8 @@ class _Chains:
         if tags is not None:
             tags.insert(len(tags) if step.position is None else step.position - 1, step.tag)
 
-    def _missing(self, step: Step) -> _Refused:
-        return _Refused(f"the chain {step.chain} of the table {self._table.name} holds no rule {step.tag!r}")
+    def _missing(self, step: Step) -> _Changed:
+        return _Changed(f"the chain {step.chain} of the table {self._table.name} holds no rule {step.tag!r}")
 
     @property
     def _library(self) -> Any:
@@ -218,7 +223,7 @@ class _Chains:
     def _do(self, function: Callable[..., int], chain: str, *arguments: int) -> None:
         """Call what the library binds and offers no method for."""
         if function(chain.encode(), *arguments, self._table._handle) != 1:
-            raise _Refused(f"the chain {chain} of the table {self._table.name}: {self._table.strerror().decode()}")
+            raise _Changed(f"the chain {chain} of the table {self._table.name}: {self._table.strerror().decode()}")
 
     def _entries(self, chain: str) -> Iterator[Any]:
         pointer = self._library.iptc_first_rule(chain.encode(), self._table._handle)
