@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two writes of the status file at the least, and until one that failed is tried again.
 STATUS_PAUSE, STATUS_RETRY = 0.2, 2.0
+#: Seconds until a configuration that could not be read is tried again.
+CONFIG_RETRY = 5.0
 
 _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 
@@ -154,9 +156,12 @@ async def _watch_files(path: str, reload: asyncio.Event) -> None:
 
 async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event) -> None:
     """Have the files' configuration used when they have changed, or when it is asked for."""
+    again: float | None = None
     while True:
-        await reload.wait()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(reload.wait(), again)
         reload.clear()
+        again = None
         try:
             config = configfiles.load(path)
         except ConfigError as error:
@@ -164,6 +169,7 @@ async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event
             reconciler.stay(f"{first}" + (f", and {len(more)} more: ctrport check" if more else ""))
         except configfiles.Unreadable as error:
             reconciler.stay(str(error))
+            again = CONFIG_RETRY  # it may be this process that may open no file, of which nothing is announced
         else:
             reconciler.use(config)
 

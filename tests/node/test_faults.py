@@ -291,10 +291,12 @@ def test_without_a_free_file_it_says_so_and_catches_up(world: World) -> None:
         assert why in world.ctrport.run("ps").stderr
         world.web_answers()
         time.sleep(1.1)  # another try
-        assert len(world.said("Too many open files")) <= 2, world.ctrport.messages
+        # Once of the node, of its switches and perhaps of the configuration, beside which files of this test are.
+        assert len(world.said("Too many open files")) <= 3, world.ctrport.messages
     world.published()
     assert len(world.said("the node can be looked at again")) == 1
     eventually(lambda: world.ctrport.status()["warnings"] == [], what="the warning being gone")
+    eventually(lambda: world.ctrport.status()["config"] == "", what="the configuration being read after all")
 
 
 def test_without_a_free_file_drift_is_mended_later(world: World) -> None:
@@ -302,7 +304,7 @@ def test_without_a_free_file_drift_is_mended_later(world: World) -> None:
     with no_more_files(world.ctrport.pid):
         world.node.run("iptables-nft", "-t", "nat", "-F", "DOCKER")
         eventually(lambda: "Too many open files" in world.ctrport.status()["firewall"], what="the reason being shown")
-        assert len(world.said("Too many open files")) == 1
+        assert len(world.said("Too many open files")) <= 2  # of the tables, and perhaps of the configuration
     wait_open(world.node, 8080, "web")
 
 
