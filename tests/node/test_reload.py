@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -165,6 +167,29 @@ def test_a_bad_file_changes_nothing_and_is_named_until_it_is_mended(world: World
     assert world.ctrport.status()["transactions"] == before["transactions"]
 
 
+def test_systemd_is_told_that_an_older_configuration_is_in_use(world: World) -> None:
+    address = world.node.directory / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(address))
+        manager.setblocking(False)
+        assert world.ctrport.stop() == 0
+        world.ctrport.start(env={"NOTIFY_SOCKET": str(address)})
+        world.configure("publish: [")
+        eventually(lambda: world.ctrport.status()["config"], what="the file being read")
+        assert "; an older configuration is in use: " in _statuses(manager)[-1]
+        world.configure(PUBLISH)
+        eventually(lambda: not world.ctrport.status()["config"], what="the file being read")
+        assert re.fullmatch(r"STATUS=3 of 3 publications active", _statuses(manager)[-1])
+
+
+def _statuses(manager: socket.socket) -> list[str]:
+    lines: list[str] = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lines += manager.recv(1 << 16).decode().splitlines()
+    return [line for line in lines if line.startswith("STATUS=")]
+
+
 def test_a_file_that_is_gone_changes_nothing(world: World) -> None:
     world.ctrport.config.unlink()
     stale = eventually(lambda: world.ctrport.status()["config"], what="the problem being told")
@@ -211,6 +236,7 @@ def test_a_signal_reads_it_too(world: World) -> None:
 )
 def test_every_setting_is_taken_up_and_given_back_and_no_port_is_dark_meanwhile(world: World, settings: str) -> None:
     node, port = world.node, world.chosen()
+    node.run("iptables-nft", "-A", "DOCKER-USER", "-s", "203.0.113.7", "-j", "DROP")
     before = sorted(node.tables().splitlines())
     connection = Connection(node, 8080)
     since = world.ctrport.publication("8080:80/tcp")["since"]
@@ -220,6 +246,7 @@ def test_every_setting_is_taken_up_and_given_back_and_no_port_is_dark_meanwhile(
         world.told(1)
         world.open()
         assert is_in_line(world)
+        assert "-A DOCKER-USER -s 203.0.113.7/32 -j DROP" in node.tables()
         world.configure(PUBLISH)
         world.told(2)
         world.open()
