@@ -24,7 +24,7 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench drift matrix kills soak test lint unit node pythons stubs run install uninstall \
+.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs run install uninstall \
 	clean
 
 help:  ## Show this list
@@ -60,6 +60,10 @@ kills: tools $(READY)  ## Kill the daemon and see what the next one makes of it 
 soak: tools $(READY)  ## See that the daemon does not grow while all comes and goes (as root): make soak SOAK_MINUTES=10
 	@$(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES)
 
+boot: $(READY)  ## Boot a Debian with a real systemd, and try the unit and the installation in it (as root, 5 minutes)
+	@bin/install-boot-tools
+	@$(BIN)/python -m tests.boot
+
 test: tools lint unit node  ## Check and test everything (as root, some minutes)
 
 lint: $(READY)  ## Check style, types, import contracts and generated code
@@ -92,5 +96,5 @@ uninstall:  ## Remove the daemon and every rule of it; /etc/ctrport stays (as ro
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" bin/uninstall
 
 clean:  ## Remove what was built
-	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist
+	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* .boot build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

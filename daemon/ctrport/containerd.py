@@ -20,7 +20,7 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -194,11 +194,11 @@ class Containerd:
     ) -> None:
         await self._channel.close()
 
-    async def connected(self) -> None:
-        """Wait, for as long as it takes, until containerd answers.
+    async def connected(self, tried: Callable[[], None] = lambda: None) -> None:
+        """Wait, for as long as it takes, until containerd answers; ``tried`` is called after each try in vain.
 
-        Costs next to nothing while it waits: the socket is tried every two seconds at most. Raises Refused where
-        waiting cannot help.
+        Costs next to nothing while it waits: the socket is tried every two seconds. Raises Refused where waiting cannot
+        help.
         """
         pause, longest = RETRY_PAUSES
         told = False
@@ -217,6 +217,7 @@ class Containerd:
             # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled,
             # lives on and wakes an event loop that is closed by then.
             while True:
+                tried()
                 await asyncio.sleep(pause)
                 if self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
                     break

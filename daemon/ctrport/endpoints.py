@@ -44,6 +44,8 @@ def netns(pid: int) -> tuple[int, int]:
         status = os.stat(f"/proc/{pid}/ns/net")
     except (FileNotFoundError, ProcessLookupError) as error:
         raise Gone(f"process {pid} ended") from error
+    except PermissionError as error:
+        raise PermissionError(error.errno, f"{error.filename} takes CAP_SYS_PTRACE") from error
     return status.st_dev, status.st_ino
 
 

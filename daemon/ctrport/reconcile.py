@@ -177,7 +177,8 @@ class Reconciler:
     async def _run(self) -> None:
         while True:
             self._on_change()
-            await self._containerd.connected()
+            systemd.watchdog()
+            await self._containerd.connected(systemd.watchdog)
             try:
                 async with self._containerd.events() as events:
                     self._containerd_state = f"connected, version {await self._containerd.version()}"
@@ -246,6 +247,7 @@ class Reconciler:
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
+            systemd.watchdog()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
                 await self._change_config(config)

@@ -35,6 +35,15 @@ def notify(*assignments: str) -> None:
     _send(manager(), *assignments)
 
 
+def watchdog() -> None:
+    """Tell the service manager that the loop has come round once more, where it wants to hear of that.
+
+    Where it does not read it is not waited for: it will hear of the next time.
+    """
+    if os.environ.get("WATCHDOG_USEC") and os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+        _send(manager(), "WATCHDOG=1", wait=False)
+
+
 def manager() -> str:
     """Return the address of the socket at which the service manager listens; empty where none does."""
     address = os.environ.get("NOTIFY_SOCKET", "")

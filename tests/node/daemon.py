@@ -101,6 +101,11 @@ class Ctrport:
         return self._process.pid
 
     @property
+    def runs(self) -> bool:
+        """Whether it was started and did not end."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
     def messages(self) -> str:
         """What it has logged so far."""
         return self.log.read_text() if self.log.exists() else ""

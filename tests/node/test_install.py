@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import socket
@@ -372,6 +373,57 @@ def test_the_status_follows_the_publications(node: Node, ctrport: Ctrport) -> No
     assert manager.listen_for("STATUS=1 of 2") == "STATUS=1 of 2 publications active"
     node.delete(web)
     assert manager.listen_for("STATUS=0 of 2") == "STATUS=0 of 2 publications active"
+
+
+# Started ahead of its input, as ever: so the change after the next is the first that is held up.
+_HELD_UP = """\
+#!/bin/sh
+while [ -e "$0.held" ]; do sleep 0.05; done
+PATH={path} exec "${{0##*/}}" "$@"
+"""
+
+
+def test_the_watchdog_hears_of_turns_that_were_completed_and_of_nothing_else(node: Node, ctrport: Ctrport) -> None:
+    manager = ServiceManager(node)
+    restore = node.directory / "programs" / "iptables-nft-restore"
+    restore.parent.mkdir()
+    restore.write_text(_HELD_UP.format(path=os.environ["PATH"]))
+    restore.chmod(0o755)
+    held = restore.with_name(f"{restore.name}.held")
+    ctrport.configure(publish(*((f"{{container: {name}}}", f"{port}:80") for port, name in enumerate("abc", 8080))))
+    env = {"NOTIFY_SOCKET": str(manager.address), "PATH": f"{restore.parent}:{os.environ['PATH']}"}
+    ctrport.start(wait=False, env={**env, "WATCHDOG_USEC": "180000000"})
+    manager.listen_for("READY=1")
+    manager.listen_for("WATCHDOG=1")
+    node.start("a")
+    manager.listen_for("STATUS=1 of 3")
+    manager.listen_for("WATCHDOG=1")
+    manager.hear_out(0.3)
+
+    held.touch()
+    node.start("b")
+    node.start("c")
+    told = len(manager.hear_out(0.5))
+    node.start("d")  # "c" is held up: events come, and the loop does not come round
+    manager.hear_out(1)
+    assert not any("WATCHDOG=1" in message for message in manager.told[told:])
+    held.unlink()
+    manager.listen_for("WATCHDOG=1")
+
+    # A containerd that is not there is tried again and again.
+    node.stop_containerd()
+    manager.listen_for("containerd is lost")
+    for _ in range(3):
+        manager.listen_for("WATCHDOG=1", within=5)
+    assert ctrport.stop() == 0
+
+
+def test_without_a_watchdog_it_is_not_told(node: Node, ctrport: Ctrport) -> None:
+    manager = ServiceManager(node)
+    ctrport.configure("")
+    ctrport.start(env={"NOTIFY_SOCKET": str(manager.address), "WATCHDOG_USEC": "1000000", "WATCHDOG_PID": "1"})
+    assert not any("WATCHDOG" in message for message in manager.hear_out(0.3))
+    assert ctrport.stop() == 0
 
 
 @pytest.mark.parametrize("address", ["", "notify", "/nonexistent/notify"])
