@@ -92,7 +92,7 @@ def check(path: str) -> None:
     """Check a configuration, and change nothing."""
     config = _load(path)
     mappings = sum(len(declaration.mappings) for declaration in config.publish)
-    click.echo(f"{path}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
+    click.echo(f"{one_line(path)}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
 
 
 @cli.command()
@@ -128,7 +128,7 @@ def plan(path: str, directory: Path) -> None:
     lines = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
     for line in lines:
         colour = {"+": "green", "-": "red"}.get(line[:1])
-        click.echo(click.style(line, fg=colour))
+        click.echo(click.style(one_line(line), fg=colour))
     if lines:
         raise SystemExit(TO_CHANGE)
     click.echo("nothing to change")
@@ -180,10 +180,11 @@ def _table(current: status.Status) -> None:
     colours = {"active": "green", "waiting": "yellow", "conflict": "red", "refused": "red", "unsupported": "red"}
     table = Table("CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON", box=None, header_style="", pad_edge=False)
     for one in current.publications:
-        state = Text(one.state, style=colours.get(one.state, ""))
+        state = Text(one_line(one.state), style=colours.get(one.state, ""))
         reason = one.reason or (f"since {one.since}" if one.since else "")
         cells = [one.name, one.bound or one.mapping, ",".join(one.addresses) or "-"]
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells), state, Text(reason, overflow="fold"))
+        texts = [Text(one_line(cell), overflow="fold") for cell in (*cells, reason)]
+        table.add_row(*texts[:-1], state, texts[-1])
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     with console.capture() as captured:
         console.print(table)
@@ -191,11 +192,11 @@ def _table(current: status.Status) -> None:
         click.echo(line.rstrip())
     for network in current.networks:
         if network.reason:
-            click.echo(f"network {network.bridge}: {network.reason}", err=True)
+            _complain(f"network {network.bridge}: {network.reason}")
     if current.config:
-        click.echo(f"warning: an older configuration is in use: {current.config}", err=True)
+        _complain(f"warning: an older configuration is in use: {current.config}")
     for warning in current.warnings:
-        click.echo(f"warning: {warning}", err=True)
+        _complain(f"warning: {warning}")
 
 
 def _load(path: str) -> Config:
@@ -204,7 +205,7 @@ def _load(path: str) -> Config:
         return configfiles.load(path)
     except ConfigError as error:
         for problem in error.problems:
-            click.echo(str(problem), err=True)
+            _complain(str(problem))
         raise SystemExit(BAD_USAGE) from None
     except configfiles.Unreadable as error:
         _fail(str(error), BAD_USAGE)
@@ -222,15 +223,35 @@ def _as_root(command: str) -> None:
         _fail(f"ctrport {command} needs root: it works with the kernel's tables")
 
 
+def one_line(text: str) -> str:
+    """Return ``text`` so that it is one line, and nothing in it reaches a terminal as a command.
+
+    Names that a container or a file was given by a stranger are in what is printed: the kernel lets a device be called
+    almost anything, and a file, too.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _complain(line: str) -> None:
+    click.echo(one_line(line), err=True)
+
+
 def _fail(message: str, code: int = FAILED) -> NoReturn:
-    click.echo(f"ctrport: {message}", err=True)
+    _complain(f"ctrport: {message}")
     raise SystemExit(code)
 
 
 _PRIORITIES = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", logging.DEBUG: "<7>"}
 
 
-class _Journal(logging.Formatter):
+class _Lines(logging.Formatter):
+    """Makes each message one line, whatever names are in it. A traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
+        return one_line(super().formatMessage(record))
+
+
+class _Journal(_Lines):
     """Puts the priority in front, as the journal takes it (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -242,7 +263,7 @@ def _log(verbose: bool) -> None:
     handler.setFormatter(
         _Journal("%(message)s")
         if systemd.under_journal()
-        else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+        else _Lines("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
     )
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)

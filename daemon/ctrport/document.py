@@ -69,6 +69,7 @@ class Document:
         self._seen: set[int] = set()
         self._open: set[int] = set()
         self._aliased = 0
+        self._pairs: dict[int, dict[str, tuple[yaml.Node, yaml.Node]]] = {}  # of mappings, by the id of their node
         self._root = self._compose(text)
         self.content: object = NOTHING if self._root is None else self._plain(self._root, 1)
 
@@ -85,9 +86,17 @@ class Document:
                 node = node.value[step]
                 mark = node.start_mark
             elif isinstance(node, yaml.MappingNode):
-                name, node = next(pair for pair in node.value if pair[0].value == step)
+                name, node = self._pair(node, str(step))
                 mark = name.start_mark if key else node.start_mark
         return _position(mark)
+
+    def _pair(self, mapping: yaml.MappingNode, key: str) -> tuple[yaml.Node, yaml.Node]:
+        """Return a key and its value; of equal keys the first. Ten thousand are not each looked for among all."""
+        pairs = self._pairs.get(id(mapping))
+        if pairs is None:
+            scalars = [pair for pair in mapping.value if isinstance(pair[0], yaml.ScalarNode)]
+            pairs = self._pairs[id(mapping)] = {pair[0].value: pair for pair in reversed(scalars)}
+        return pairs[key]
 
     def _compose(self, text: str) -> yaml.Node | None:
         try:

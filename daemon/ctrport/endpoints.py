@@ -69,11 +69,20 @@ class Route:
 def routes(text: str) -> list[Route]:
     """Read ``/proc/net/route``: addresses are hexadecimal words in the machine's byte order."""
     found = []
-    for line in text.splitlines()[1:]:
-        device, destination, gateway, _, _, _, _, mask = line.split()[:8]
+    for line in _lines(text)[1:]:
+        device, destination, gateway, _, _, _, _, mask = line.split("\t")[:8]
         network = IPv4Network((_address(destination), _address(mask).bit_count()))
         found.append(Route(device, network, int(gateway, 16) == 0))
     return found
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a file of /proc/PID/net.
+
+    Not splitlines(), nor a split() at any space: a container that may name its devices can call one so that they would
+    break the line. The kernel takes all but white space of Latin-1 for a name, such as \x1c and U+2028.
+    """
+    return [line for line in text.split("\n") if line]
 
 
 def _address(word: str) -> int:
@@ -121,20 +130,20 @@ class Address6:
 def addresses6(if_inet6: str) -> list[Address6]:
     """Read ``/proc/net/if_inet6``, but for the addresses of a link alone."""
     found = []
-    for line in if_inet6.splitlines():
-        address, _, _, scope, hexadecimal, device = line.split()
+    for line in _lines(if_inet6):
+        address, _, _, scope, hexadecimal, device = line.split(" ", 5)
         if int(scope, 16) != _LINK_LOCAL:
             flags = int(hexadecimal, 16)
             states = (bool(flags & state) for state in (_TENTATIVE, _DADFAILED, _TEMPORARY | _DEPRECATED))
-            found.append(Address6(IPv6Address(int(address, 16)), device, *states))
+            found.append(Address6(IPv6Address(int(address, 16)), device.lstrip(" "), *states))
     return found
 
 
 def default_devices6(ipv6_route: str) -> list[str]:
     """Return the devices of the default routes that ``/proc/net/ipv6_route`` shows, in its order."""
-    lines = [line.split() for line in ipv6_route.splitlines() if line.startswith("0" * 32 + " 00 ")]
+    lines = [line.split(" ", 9) for line in _lines(ipv6_route) if line.startswith("0" * 32 + " 00 ")]
     # Every namespace has one at its end that refuses what no other takes.
-    return list(dict.fromkeys(fields[9] for fields in lines if not int(fields[8], 16) & _REJECT))
+    return list(dict.fromkeys(fields[9].lstrip(" ") for fields in lines if not int(fields[8], 16) & _REJECT))
 
 
 def choose6(addresses: list[Address6], defaults: list[str], beside: str | None) -> tuple[IPv6Address, str] | None:

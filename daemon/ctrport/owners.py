@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from . import ports
-from .model import ContainerKey, Mapping, Publication, is_identifier
+from .model import DEVICE_NAME, ContainerKey, Mapping, Publication, is_identifier
 from .ports import PortSpecError
 
 
@@ -83,6 +83,8 @@ class LocalnetRecord:
     def parse(cls, owner: str) -> LocalnetRecord | None:
         """Return the record that ``owner`` is, or None where it is something else."""
         match owner.split(" "):
-            case ["device", device, ("route_localnet=set" | "route_localnet=found") as how]:
+            case ["device", device, ("route_localnet=set" | "route_localnet=found") as how] if DEVICE_NAME.fullmatch(
+                device  # it becomes part of a path
+            ):
                 return cls(device, how.endswith("=set"))
         return None

@@ -213,7 +213,7 @@ def _send(address: str, *assignments: str, files: Sequence[int] = (), wait: bool
     """
     if not address:
         return True
-    message = "\n".join(line.replace("\n", " ") for line in assignments).encode()
+    message = "\n".join(line.replace("\n", " ") for line in assignments).encode(errors="backslashreplace")
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", files))] if files else []
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:

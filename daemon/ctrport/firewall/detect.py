@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..model import Family
 from ..programs import ProgramError, run
+from .text import printed
 
 log = logging.getLogger(__name__)
 
@@ -86,5 +87,5 @@ async def _hinted(program: str) -> bool:
         ended = await run(program, "-t", "mangle", timeout=TIMEOUT)
     except ProgramError:
         return False  # what cannot be asked gives no hint; that it cannot be used is said where it is used
-    chains = {line[1:].split(" ")[0] for line in ended.out.splitlines() if line.startswith(":")}
+    chains = {line[1:].split(" ")[0] for line in printed(ended.out) if line.startswith(":")}
     return not chains.isdisjoint(HINTS)

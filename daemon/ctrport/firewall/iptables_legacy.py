@@ -24,7 +24,7 @@ from .commands import command, failure
 from .detect import legacy_tables
 from .entries import commit, to_json
 from .plan import KERNEL_CHAINS, Line, Plan
-from .text import listing
+from .text import listing, printed
 
 #: Seconds until an answer has to be there: for the lock, and the writing itself.
 TIMEOUT = 30.0
@@ -56,7 +56,7 @@ class LegacyTables:
         """See ``Kernel.chain``. Chains of one table that are asked for together are read at once."""
         if table not in self._reads:
             self._reads[table] = asyncio.create_task(self._read_soon(table))
-        head, rule, lines = f":{chain} ", f"-A {chain} ", (await self._reads[table]).splitlines()
+        head, rule, lines = f":{chain} ", f"-A {chain} ", printed(await self._reads[table])
         policy = next((line.split(" ")[1] for line in lines if line.startswith(head)), None)
         if policy is None:
             return None

@@ -19,7 +19,7 @@ from ..rules import Table
 from . import FirewallError, Refused, Unusable
 from .commands import TIMEOUT, command, errors, failure
 from .plan import BUILT_IN, Line, Plan
-from .text import TAG, restore_input
+from .text import TAG, printed, restore_input
 
 Announce = Callable[[Writer, int], None]
 
@@ -43,7 +43,7 @@ class NftCommands:
         """See ``Kernel.chain``."""
         ended = await command(self._program, "-t", table.value, "-S", chain)
         if ended.status == 0:
-            return ended.out.splitlines()
+            return printed(ended.out)
         # "incompatible" is what 1.8.9 says of a chain that is not there. Where it really is, and there, nothing is lost
         # by taking it for absent: a chain is made with -N, which refuses to touch one that exists.
         absent = ("No chain/target/match by that name", f"chain `{chain}' in table `{table}' is incompatible")

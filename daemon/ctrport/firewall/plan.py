@@ -40,12 +40,17 @@ class Line:
     @property
     def target(self) -> str:
         """The chain or target that it goes to, empty where it goes nowhere."""
-        found = _TARGET.search(_QUOTED.sub('""', self.text))
+        found = _TARGET.search(self.unquoted)
         return found[1] if found else ""
+
+    @property
+    def unquoted(self) -> str:
+        """Its words without what stands in quotes: comments and log prefixes, which may hold anything."""
+        return _QUOTED.sub('""', self.text)
 
 
 _TARGET = re.compile(r" -[jg] (\S+)")
-_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')  # comments and log prefixes, which may hold anything
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @dataclass(frozen=True)

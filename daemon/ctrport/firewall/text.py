@@ -66,6 +66,14 @@ def restore_input(plan: Plan) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+_PRINTED = re.compile(r'(?:[^"\n]+|"(?:[^"\\]|\\.)*"|")+', re.DOTALL)
+
+
+def printed(text: str) -> list[str]:
+    """Return the lines that iptables printed. A comment may have line breaks in it, and what looks like a rule."""
+    return _PRINTED.findall(text)
+
+
 def listing(lines: Iterable[str]) -> list[Line]:
     """Read what ``-S CHAIN`` prints: the chain's rules in their order."""
     return [_line(text) for text in lines if text.startswith("-A ")]
@@ -74,7 +82,7 @@ def listing(lines: Iterable[str]) -> list[Line]:
 def saved(text: str) -> dict[str, list[Line]]:
     """Read one table as ``iptables-save`` prints it: every chain's rules in their order."""
     chains: dict[str, list[Line]] = {}
-    for line in text.splitlines():
+    for line in printed(text):
         if line.startswith(":"):
             chains[line[1:].split(" ", 1)[0]] = []
         elif line.startswith("-A "):
@@ -90,14 +98,17 @@ _NAME = re.compile(r'--comment (?:"([A-Za-z0-9._/: -]{1,120})"|([A-Za-z0-9._/:-]
 def holders(chain: str, lines: Iterable[Line], family: Family) -> Iterator[Holder]:
     """Read out of a foreign chain which host ports it answers on, and for whom where a plain comment says so."""
     for line in lines:
-        found = _PORTS.search(line.text)
-        if line.tag is not None or found is None or line.target in ("", "RETURN"):
+        words = line.unquoted if line.tag is None else ""
+        found = _PORTS.search(words)
+        if found is None or line.target in ("", "RETURN"):
             continue
-        named, to = _NAME.search(line.text), _DESTINATION.search(line.text)
+        named, to = _NAME.search(line.text), _DESTINATION.search(words)
         name = f"{chain} ({(named[1] or named[2]).strip()})" if named else chain
         for ports in found[2].split(","):
             first, _, last = ports.partition(":")
-            each = PortRange(int(first), int(last or first))
+            if int(last or first) == 0:
+                continue
+            each = PortRange(max(1, int(first)), int(last or first))  # `--dport :1024` is listed as 0:1024
             yield Holder(name, Mapping(ip_address(to[1]) if to else family.unspecified, each, each, Protocol(found[1])))
 
 
