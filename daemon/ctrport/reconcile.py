@@ -241,8 +241,8 @@ class Reconciler:
         total = len(self._survey.publications)
         if self._dataplane.in_line:
             log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
-        systemd.notify("READY=1")
-        self._tell()
+        systemd.notify("READY=1", f"STATUS={self._summary()}")
+        self._on_change()
         await self._dataplane.sweep()
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK

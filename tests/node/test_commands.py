@@ -335,7 +335,7 @@ def test_the_daemon_gets_over_a_clean_with_force_amid_a_change(node: Node, ctrpo
         wait_open(node, 8081, "other")
     wait_open(node, 8080, "web")
     eventually(ctrport.in_line, what="the daemon being in line again")
-    assert localnet(node) == "1"
+    eventually(lambda: localnet(node) == "1", what="the switch being on again")
     assert "Traceback" not in ctrport.messages
 
 
