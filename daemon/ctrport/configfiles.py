@@ -13,6 +13,8 @@ from .config import PARTS, Config, parse
 
 #: Seconds to wait after a change for more: a new version is often several files, or one written in pieces.
 PAUSE = 0.1
+#: Bytes that a file may have at most: 100,000 entries, and half a minute to check.
+LONGEST = 8 << 20
 
 
 class Unreadable(Exception):
@@ -31,7 +33,13 @@ def load(path: str) -> Config:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        if path.exists() and not path.is_file():
+            raise Unreadable(f"{path}: not a regular file; expected a configuration file (--config)")
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise Unreadable(f"{path}: longer than {LONGEST >> 20} MiB; expected a configuration file (--config)")
+        return content.decode()
     except UnicodeDecodeError as error:
         raise Unreadable(f"{path}: byte {error.start} is not UTF-8; expected YAML text") from error
     except OSError as error:

@@ -1,0 +1,47 @@
+"""What of the configuration's files cannot be read, in one sentence each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ctrport.configfiles import LONGEST, Unreadable, load
+
+CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "absent": (lambda path: None, "No such file or directory; expected a configuration file (--config)"),
+    "a directory": (lambda path: path.mkdir(), "not a regular file; expected a configuration file (--config)"),
+    "a pipe": (os.mkfifo, "not a regular file; expected a configuration file (--config)"),
+    "bytes": (lambda path: path.write_bytes(b"publish: [] # \xff"), "byte 14 is not UTF-8; expected YAML text"),
+    "endless": (
+        lambda path: path.symlink_to("/dev/zero"),
+        "not a regular file; expected a configuration file (--config)",
+    ),
+    "too long": (
+        lambda path: path.write_bytes(b"#" * (LONGEST + 1)),
+        "longer than 8 MiB; expected a configuration file (--config)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_read_is_named(tmp_path: Path, case: str) -> None:
+    make, said = CASES[case]
+    make(tmp_path / "config.yaml")
+    with pytest.raises(Unreadable) as caught:
+        load(str(tmp_path / "config.yaml"))
+    assert str(caught.value) == f"{tmp_path}/config.yaml: {said}"
+
+
+def test_parts_are_taken_in_the_order_of_their_names_and_hidden_ones_are_not(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    parts = tmp_path / "conf.d"
+    parts.mkdir()
+    for name, port in (("b.yaml", 2), ("a.yaml", 1), (".c.yaml", 3), ("d.yml", 4)):
+        (parts / name).write_text(f'publish: [{{match: {{container: web}}, ports: ["{port}:{port}"]}}]')
+    ports = [
+        str(mapping) for declaration in load(str(tmp_path / "config.yaml")).publish for mapping in declaration.mappings
+    ]
+    assert ports == ["1:1/tcp", "2:2/tcp"]
