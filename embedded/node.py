@@ -272,10 +272,12 @@ class Node(Host):
         labels: Mapping[str, str] | None = None,
         command: tuple[str, ...] = ("/bin/sleep", "600"),
         rootfs: Path | None = None,
+        options: tuple[str, ...] = (),
     ) -> Container:
         """Start a container the way a user of ctr does: create, network and start are one command.
 
-        Without a network it has one of its own with a loopback device only, as ctr does by default.
+        Without a network it has one of its own with a loopback device only, as ctr does by default. ``options`` are
+        more of ctr's.
         """
         if network == "first":
             if not self.networks:
@@ -288,6 +290,7 @@ class Node(Host):
         argv += ["--cni"] if joined is not None else ["--net-host"] if network == "host" else []
         for key, value in (labels or {}).items():
             argv += ["--label", f"{key}={value}"]
+        argv += options
         argv += ["--rootfs", str(rootfs or self.rootfs), id, *command]
         self.run(*(argv if joined is None else joined.joining(*argv)))
         pid = int(pid_file.read_text())

@@ -78,7 +78,7 @@ class Chronicle:
             log.log(
                 level,
                 "%s %s mapping=%s source=%s reason=%r",
-                *(publication.state, _subject(publication), publication.mapping),
+                *(publication.state, _subject(publication), publication.asked),
                 *(publication.source, publication.reason),
             )
 
@@ -127,13 +127,13 @@ class Chronicle:
 
 
 def _name(publication: Publication) -> tuple[str, str, str]:
-    return (str(publication.container or ""), str(publication.mapping), publication.source)
+    return (str(publication.container or ""), str(publication.asked), publication.source)
 
 
 def _wherever(publication: Publication) -> tuple[str, str, str]:
     """Return what a publication goes by where lines of the configuration may have moved."""
     whose = publication.source if publication.container is None else str(publication.container)
-    return (whose, str(publication.mapping), str(publication.access))
+    return (whose, str(publication.asked), str(publication.access))
 
 
 def _said(publication: Publication) -> tuple[object, ...]:

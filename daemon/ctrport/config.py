@@ -17,8 +17,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstrai
 from pydantic import Field as Constraint
 
 from . import ports
+from .declared import Kind, Permission
 from .document import NOTHING, REPORTED, Absent, Document, Location
-from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Selector, is_identifier
+from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
 
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
@@ -31,6 +32,9 @@ MOST_RESERVED = 3 * 65535
 
 #: What ``firewall.poll_interval`` may be at most, in seconds: everything is looked at each minute, whatever it is.
 LONGEST_POLL = 60
+
+#: Among host ports: any that is free, where a container names none.
+FREE = "free"
 
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
@@ -145,6 +149,22 @@ def _interface(text: str) -> str:
     return text
 
 
+def _host_ports(text: str) -> str:
+    if text != FREE:
+        _port_range(text)
+    return text
+
+
+def _port_range(text: str) -> PortRange:
+    if re.fullmatch(r"[1-9][0-9]{0,4}(?:-[1-9][0-9]{0,4})?", text) is None:
+        raise ValueError
+    first, _, last = text.partition("-")
+    try:
+        return PortRange(int(first), int(last or first))
+    except ValueError:
+        raise ValueError from None
+
+
 def _glob(text: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9._*?\[\]!-]+", text) is None:
         raise ValueError
@@ -235,18 +255,33 @@ class _Entry(_Closed):
 
 
 @dataclass(frozen=True)
+class _Permission(_Closed):
+    kinds: Annotated[tuple[Literal["label", "annotation"], ...], Constraint(min_length=1)]
+    host_ports: Annotated[tuple[Annotated[str, AfterValidator(_host_ports)], ...], Constraint(min_length=1)]
+    namespace: Annotated[str, AfterValidator(_glob)] | None = None
+    pod_namespace: Annotated[str, AfterValidator(_glob)] | None = None
+    host_ips: Annotated[tuple[Annotated[str, AfterValidator(_source)], ...], Constraint(min_length=1)] | None = None
+    protocols: Annotated[tuple[Literal["tcp", "udp", "sctp"], ...], Constraint(min_length=1)] = ("tcp", "udp", "sctp")
+    at_most: Annotated[int, BeforeValidator(_count)] = 10
+
+
+@dataclass(frozen=True)
 class _File(_Closed):
     containerd: Containerd = Containerd()
     firewall: Firewall = Firewall()
     networks: tuple[_Network, ...] = ()
     publish: tuple[_Entry, ...] = ()
+    containers_may_publish: tuple[_Permission, ...] = ()
 
 
 _SCHEMA = TypeAdapter(_File)
 
 #: What is expected at each place of the schema; also the one list of the keys there are.
 _EXPECTED = {
-    "": "a mapping with the keys containerd, firewall, networks and publish, each of which may be left out",
+    "": (
+        "a mapping with the keys containerd, firewall, networks, publish and containers_may_publish, "
+        "each of which may be left out"
+    ),
     "containerd": "a mapping with address and namespaces, or the key left out",
     "containerd.address": "the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     "containerd.namespaces": "a list of containerd namespaces, such as [default, k8s.io], or [] for all",
@@ -283,6 +318,21 @@ _EXPECTED = {
     "publish[].sources": "a list of the networks that may reach the ports, such as [192.0.2.0/24, 2001:db8::/32]",
     "publish[].sources[]": "an address or a network, such as 192.0.2.0/24",
     "publish[].interface": "the name of one of the node's devices, such as eth0",
+    "containers_may_publish": "a list of rules, each with kinds and host_ports, or [] for none",
+    "containers_may_publish[]": (
+        "a mapping with kinds and host_ports, and perhaps namespace, pod_namespace, host_ips, protocols and at_most"
+    ),
+    "containers_may_publish[].kinds": "a list of label and annotation, such as [label]",
+    "containers_may_publish[].kinds[]": "label or annotation",
+    "containers_may_publish[].host_ports": 'a list of ports, such as ["8000-8999"], in which free is any free one',
+    "containers_may_publish[].host_ports[]": "a port or a range from 1 to 65535, such as 8000-8999, or free",
+    "containers_may_publish[].namespace": "the name of a containerd namespace; * ? and [...] match as in a shell",
+    "containers_may_publish[].pod_namespace": "the name of a Kubernetes namespace; * ? and [...] match as in a shell",
+    "containers_may_publish[].host_ips": "a list of addresses and networks, such as [192.0.2.7, 2001:db8::/64]",
+    "containers_may_publish[].host_ips[]": "an address or a network, such as 192.0.2.7",
+    "containers_may_publish[].protocols": "a list of protocols, such as [tcp, udp]",
+    "containers_may_publish[].protocols[]": "tcp, udp or sctp",
+    "containers_may_publish[].at_most": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
 }
 
 
@@ -294,6 +344,12 @@ class Config:
     firewall: Firewall = Firewall()
     publish: tuple[Declaration, ...] = ()
     networks: tuple[str, ...] = ()
+    containers_may_publish: tuple[Permission, ...] = ()
+
+    @property
+    def reads_annotations(self) -> bool:
+        """Whether annotations are looked for at all: only where a rule allows some."""
+        return any(Kind.ANNOTATION in permission.kinds for permission in self.containers_may_publish)
 
     def watches(self, namespace: str) -> bool:
         """Whether the containers of this containerd namespace are looked at.
@@ -316,15 +372,20 @@ def parse(text: str, name: str, parts: Iterable[tuple[str, str]] = ()) -> Config
     known, so there it is the last. An empty file is a configuration: all defaults, nothing published.
     """
     problems: list[Problem] = []
-    file, declarations = _read(text, name, problems)
+    file, declarations, permissions = _read(text, name, problems)
     for part_name, part in parts:
         declarations += _read(part, part_name, problems, part=True)[1]
     if problems:
         raise ConfigError(problems)
-    return Config(file.containerd, file.firewall, tuple(declarations), tuple(each.bridge for each in file.networks))
+    return Config(
+        *(file.containerd, file.firewall, tuple(declarations), tuple(each.bridge for each in file.networks)),
+        containers_may_publish=tuple(permissions),
+    )
 
 
-def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) -> tuple[_File, list[Declaration]]:
+def _read(
+    text: str, name: str, problems: list[Problem], *, part: bool = False
+) -> tuple[_File, list[Declaration], list[Permission]]:
     """Read one file, and add what is wrong with it to ``problems``."""
     document = Document(text)
     file = _File()
@@ -335,7 +396,7 @@ def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) 
             for fault in error.errors(include_url=False):
                 _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
     if part and isinstance(document.content, dict):
-        for key in sorted(document.content.keys() & {"containerd", "firewall", "networks"}):
+        for key in sorted(document.content.keys() & {"containerd", "firewall", "networks", "containers_may_publish"}):
             position = document.position((key,), key=True)
             document.fault(position, f"`{key}` is set in the main file alone; expected nothing but publish here")
     seen: dict[str, int] = {}
@@ -348,14 +409,32 @@ def _read(text: str, name: str, problems: list[Problem], *, part: bool = False) 
     mappings = _publish(document)
     problems += (Problem(line, column, message, name) for line, column, message in document.faults)
     if document.faults:
-        return file, []
+        return file, [], []
     declarations = []
     for index, entry in enumerate(file.publish):
         line, _ = document.position(("publish", index))
         selector, source = _selector(entry.match), f"{name}:{line}"
         access = Access(tuple(ip_network(each) for each in entry.sources or ()), entry.interface)
         declarations.append(Declaration(selector, tuple(mappings[index]), source, access))
-    return file, declarations
+    permissions = []
+    for index, rule in enumerate(file.containers_may_publish):
+        line, _ = document.position(("containers_may_publish", index))
+        permissions.append(_permission(rule, f"{name}:{line}"))
+    return file, declarations, permissions
+
+
+def _permission(rule: _Permission, source: str) -> Permission:
+    return Permission(
+        source,
+        frozenset(map(Kind, rule.kinds)),
+        tuple(_port_range(each) for each in rule.host_ports if each != FREE),
+        FREE in rule.host_ports,
+        rule.namespace,
+        rule.pod_namespace,
+        tuple(ip_network(each) for each in rule.host_ips or ()),
+        frozenset(map(Protocol, rule.protocols)),
+        rule.at_most,
+    )
 
 
 def _selector(match: _Match) -> Selector:

@@ -33,7 +33,7 @@ def load(path: str) -> Config:
 
 def _text(path: Path) -> str:
     try:
-        if path.exists() and not path.is_file():
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise Unreadable(f"{path}: not a regular file; expected a configuration file (--config)")
         with path.open("rb") as file:
             content = file.read(LONGEST + 1)

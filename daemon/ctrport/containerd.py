@@ -17,6 +17,7 @@ import asyncio
 import collections
 import contextlib
 import errno
+import json
 import logging
 import os
 import secrets
@@ -49,6 +50,7 @@ from .api import (
     version_pb2,
     version_pb2_grpc,
 )
+from .declared import NAME
 from .model import ContainerKey, is_identifier
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,12 @@ _PAYLOADS: dict[str, type[_Payload]] = {
 _LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
 
 
+#: What the CRI plugin stores of a sandbox, as JSON, goes by this name among the extensions of its container.
+SANDBOX = "io.cri-containerd.sandbox.metadata"
+#: The bytes that a spec, or that, may have to be read for annotations.
+LONGEST_SPEC = 1 << 20
+
+
 class ContainerdError(Exception):
     """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
 
@@ -138,12 +146,14 @@ class Listed:
     """A container with a running, pausing or paused task.
 
     ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
-    in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands.
+    in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
+    is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
     """
 
     key: ContainerKey
     pid: int | None
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    annotation: str | None = None
 
 
 class Containerd:
@@ -257,10 +267,10 @@ class Containerd:
         finally:
             call.cancel()  # an abandoned call is never collected (grpc/grpc#43462)
 
-    async def containers(self, namespace: str) -> list[Listed]:
+    async def containers(self, namespace: str, *, annotations: bool = False) -> list[Listed]:
         """Return every container of ``namespace`` with a running, pausing or paused task, sorted by id.
 
-        Empty for a namespace that is not there.
+        Empty for a namespace that is not there. ``annotations`` is whether to read those as well.
         """
         # In this order: the container of a task that was there is missing only when both have been deleted since.
         processes = await self._processes(namespace)
@@ -268,17 +278,17 @@ class Containerd:
         async for container in self._stored(namespace):
             process = processes.get(container.id)
             if process is not None:
-                found = _listed(ContainerKey(namespace, container.id), process, container)
+                found = _listed(ContainerKey(namespace, container.id), process, container, annotations)
                 listed += [found] if found is not None else []
         return sorted(listed, key=lambda found: found.key)
 
-    async def container(self, key: ContainerKey) -> Listed | None:
+    async def container(self, key: ContainerKey, *, annotations: bool = False) -> Listed | None:
         """Return one container as it is now, or None when it is gone or its task neither runs nor is paused."""
         # Both at once, for each takes about a millisecond of the time in which the port is not open yet.
         stored = asyncio.ensure_future(self._container_of(key))
         try:
             process = await self._process(key)
-            return _listed(key, process, await stored)
+            return _listed(key, process, await stored, annotations)
         except NotFound:
             # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
             await asyncio.wait((stored,))
@@ -457,10 +467,33 @@ def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
     return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic, pid or None)
 
 
-def _listed(key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container) -> Listed | None:
-    if process.status == task_pb2.UNKNOWN:
-        return Listed(key, None, dict(container.labels))
-    return Listed(key, process.pid, dict(container.labels)) if process.status in _LIVE else None
+def _listed(
+    key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container, annotations: bool
+) -> Listed | None:
+    if process.status != task_pb2.UNKNOWN and process.status not in _LIVE:
+        return None
+    pid = None if process.status == task_pb2.UNKNOWN else process.pid
+    return Listed(key, pid, dict(container.labels), annotation_of(container) if annotations else None)
+
+
+def annotation_of(container: containers_pb2.Container) -> str | None:
+    """Return the ports that an annotation asks for: of a sandbox the pod's, of another container that of its spec.
+
+    The CRI plugin keeps the pod's annotations in what it stores beside its sandbox, and no copy in the spec.
+    """
+    path: tuple[str, ...] = ("annotations",)
+    text = container.spec.value
+    if SANDBOX in container.extensions:
+        path, text = ("Metadata", "Config", "annotations"), container.extensions[SANDBOX].value
+    if NAME.encode() not in text or len(text) > LONGEST_SPEC:  # a spec has thousands of bytes: few are to be read
+        return None
+    try:
+        found: Any = json.loads(text)
+        for step in (*path, NAME):
+            found = found[step]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _checked(name: str, what: str) -> bool:

@@ -436,7 +436,7 @@ def _is_off(device: str) -> bool:
 
 def _bridged(publication: Publication) -> list[Attachment]:
     """Return the attachments that a container may call from behind a bridge port, by its own published port."""
-    host_ip = publication.mapping.host_ip
+    host_ip = publication.bound.host_ip if publication.bound is not None else None
     if host_ip is not None and host_ip.is_loopback:
         return []
     return [attachment for attachment in publication.attachments if attachment.port is not None]

@@ -138,6 +138,16 @@ class Mapping:
         return self.any_host_ip or other.any_host_ip or self.host_ip == other.host_ip
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What a container asks for and nobody can read as a mapping. ``text`` is safe to print, and short."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, order=True)
 class ContainerKey:
     """What names a container on a node: its containerd namespace and its id in there."""
@@ -177,6 +187,7 @@ class Container:
     ``key``, ``pid`` and ``started`` are the container's, or those of the pod's sandbox. ``pid`` is its init process as
     the daemon's own PID namespace counts it. ``started`` is when that process began, in clock ticks since boot (field
     22 of /proc/PID/stat, proc(5)): who is first gets a contested port. ``members`` are the containers themselves.
+    ``annotation`` is the ports that an annotation of the container or pod asks for, as it came from a stranger.
     """
 
     key: ContainerKey
@@ -184,6 +195,7 @@ class Container:
     started: int
     members: tuple[Member, ...]
     pod: Pod | None = None
+    annotation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -348,13 +360,14 @@ class Declaration:
 class Publication:
     """One mapping of one container, with its state.
 
+    ``asked`` is the mapping as declared, or what cannot be read as one, which is always REFUSED. ``source`` says where.
     ``container`` is None where a declaration matches no container; for a pod it is the sandbox, and ``pod`` the pod's
     name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves, one a family;
     ``bound`` is the mapping with the host ports that it has. Both are empty unless the state is ACTIVE, and ``reason``,
     one sentence, is empty when it is.
     """
 
-    mapping: Mapping
+    asked: Mapping | Unread
     source: str
     container: ContainerKey | None
     state: State
@@ -363,6 +376,12 @@ class Publication:
     pod: str | None = None
     bound: Mapping | None = None
     access: Access = Access()
+
+    @property
+    def mapping(self) -> Mapping:
+        """The mapping that is asked for. To be read where the state is not REFUSED."""
+        assert isinstance(self.asked, Mapping)
+        return self.asked
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,17 @@ POD_UID = "io.kubernetes.pod.uid"
 
 @dataclass(frozen=True)
 class Running:
-    """One container of containerd that runs. ``netns`` identifies its network namespace."""
+    """One container of containerd that runs. ``netns`` identifies its network namespace.
+
+    ``annotation`` is the ports that an annotation asks for, its own or, of a sandbox, its pod's.
+    """
 
     key: ContainerKey
     pid: int
     started: int
     netns: tuple[int, int]
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    annotation: str | None = None
 
     @property
     def kind(self) -> str:
@@ -95,8 +99,8 @@ class Pods:
             members = (self._running[member] for member in sorted(self._members.get(_home(running), ())))
             names = (running.labels.get(POD_NAMESPACE, ""), running.labels.get(POD_NAME, ""))
             pod = Pod(*names, labels=running.labels)
-            return Container(key, running.pid, running.started, tuple(map(_member, members)), pod)
-        return Container(key, running.pid, running.started, (_member(running),))
+            return Container(key, running.pid, running.started, tuple(map(_member, members)), pod, running.annotation)
+        return Container(key, running.pid, running.started, (_member(running),), annotation=running.annotation)
 
     def _published_as(self, running: Running) -> set[ContainerKey]:
         if running.kind == "container":

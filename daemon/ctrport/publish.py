@@ -4,7 +4,8 @@ Pure, and incremental: ``Publications`` remembers what it was told and works out
 that one container costs the same on a node with ten mappings and with ten thousand. What it says depends on what it was
 told alone, never on the order of telling; but a host port that was chosen stays as it was for as long as it can.
 
-A contested host port goes to the container that started first. Only mappings that could be served contend: a container
+A contested host port goes to what the operator declared before what containers declare by themselves, and among these
+to the container that started first. Only mappings that could be served contend: a container
 without an address keeps nobody out.
 """
 
@@ -20,6 +21,7 @@ from itertools import chain
 
 from .choose import Ring, blocks
 from .contest import Cell, Contest, cells
+from .declared import Permission, Wish, declares, wishes
 from .model import (
     Access,
     Attachment,
@@ -36,6 +38,7 @@ from .model import (
     PortRange,
     Publication,
     State,
+    Unread,
 )
 
 FORWARDING_OFF = {
@@ -64,10 +67,11 @@ class _Claim:
     attachments: tuple[Attachment, ...]
     pod: str | None
     access: Access
+    own: bool = False  # declared by the container itself
 
     @property
-    def precedence(self) -> tuple[int, ContainerKey, tuple[int, int]]:
-        return (self.started, self.container, self.position)
+    def precedence(self) -> tuple[bool, int, ContainerKey, tuple[int, int]]:
+        return (self.own, self.started, self.container, self.position)
 
     @cached_property
     def families(self) -> frozenset[Family]:
@@ -89,7 +93,9 @@ class _Claim:
         )
 
 
-_Key = tuple[ContainerKey | str, Mapping, Access]  # the container, or the source of a declaration that matches none
+_Key = tuple[
+    ContainerKey | str, Mapping | Unread, Access
+]  # the container, or the source of a declaration that matches none
 
 
 @dataclass
@@ -118,7 +124,7 @@ class Publications:
 
     Tell it of containers with ``update``, of the node with ``learn`` and of sockets that hold ports with ``meet``;
     ``settle`` then returns what changed. ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8
-    may be published on.
+    may be published on; ``permissions`` say what containers may publish that declare it themselves.
     """
 
     def __init__(
@@ -128,7 +134,9 @@ class Publications:
         *,
         families: Sequence[Family] = tuple(Family),
         localhost: bool = True,
+        permissions: Sequence[Permission] = (),
     ) -> None:
+        self._permissions = tuple(permissions)
         self._declarations = tuple(declarations)
         self._facts = facts
         self._held = _by_cell(facts.holders)
@@ -179,8 +187,8 @@ class Publications:
         return self._candidates.get(key)
 
     def wants(self, container: Container) -> bool:
-        """Whether some declaration matches: what nobody declares needs no endpoint."""
-        return any(declaration.selector.matches(container) for declaration in self._declarations)
+        """Whether some declaration matches, or is its own: what nobody declares needs no endpoint."""
+        return declares(container) or any(declaration.selector.matches(container) for declaration in self._declarations)
 
     def update(self, key: ContainerKey, candidate: Candidate | None) -> None:
         """Take in what is now known of a container; None where it no longer runs."""
@@ -326,8 +334,11 @@ class Publications:
         bound = claim.on(ports)
         for cell in cells(bound):
             for key in self._contest.on(cell):
-                its = self._chosen[key] if key[1].dynamic else key[1].host_ports
-                if key != claim.key and its is not None and self._claims[key].on(its).overlaps(bound):
+                other = self._claims[key]
+                if key == claim.key or (other.own and not claim.own):  # who comes first makes way for nobody
+                    continue
+                its = self._chosen[key] if other.mapping.dynamic else other.mapping.host_ports
+                if its is not None and other.on(its).overlaps(bound):
                     return True
         return False
 
@@ -359,7 +370,7 @@ class Publications:
 
     def _consider(self, candidate: Candidate) -> None:
         container = candidate.container
-        keys = self._keys[container.key] = dict[_Key, None]()
+        self._keys[container.key] = {}
         for index, declaration in enumerate(self._declarations):
             if not declaration.selector.matches(container):
                 continue
@@ -367,27 +378,49 @@ class Publications:
             if self._matching[index] == 1:
                 self._remove_unmatched(index)
             for place, mapping in enumerate(declaration.mappings):
-                key: _Key = (container.key, mapping, declaration.access)
-                if key in keys:  # two declarations ask for the same: the first stands for both
-                    continue
-                keys[key] = None
-                judged = self._judge(candidate, mapping, declaration.access)
                 claim = _Claim(
                     *(container.started, container.key, (index, place), mapping, declaration.source),
                     *((), _pod(container), declaration.access),
                 )
-                if isinstance(judged, Obstacle):
-                    self._put(claim.decided(judged.state, judged.reason))
-                    continue
-                self._claims[key] = replace(claim, attachments=judged)
-                if mapping.dynamic and key not in self._chosen:
-                    self._have_again(key)
-                self._contest.enter(key, mapping, self._chosen.get(key))
+                self._enter(candidate, claim)
+        for place, wish in enumerate(wishes(container, self._permissions)):
+            self._grant(candidate, place, wish)
 
-    def _have_again(self, key: _Key) -> None:
+    def _grant(self, candidate: Candidate, place: int, wish: Wish) -> None:
+        """Take in what a container declares by itself; the operator's own word for the same stands for both."""
+        container, asked = candidate.container, wish.asked
+        if isinstance(asked, Mapping) and not wish.refusal:
+            claim = _Claim(
+                *(container.started, container.key, (0, place), asked, wish.source),
+                *((), _pod(container), Access(), True),
+            )
+            self._enter(candidate, claim)
+            return
+        key: _Key = (container.key, asked, Access())
+        if key not in self._keys[container.key]:
+            self._keys[container.key][key] = None
+            refused = Publication(asked, wish.source, container.key, State.REFUSED, wish.refusal, pod=_pod(container))
+            self._put(refused)
+
+    def _enter(self, candidate: Candidate, claim: _Claim) -> None:
+        """Have a claim contend, if it could be served."""
+        key, mapping = claim.key, claim.mapping
+        keys = self._keys[claim.container]
+        if key in keys:  # two declarations ask for the same: the first stands for both
+            return
+        keys[key] = None
+        judged = self._judge(candidate, mapping, claim.access)
+        if isinstance(judged, Obstacle):
+            self._put(claim.decided(judged.state, judged.reason))
+            return
+        self._claims[key] = replace(claim, attachments=judged)
+        if mapping.dynamic and key not in self._chosen:
+            self._have_again(claim)
+        self._contest.enter(key, mapping, self._chosen.get(key))
+
+    def _have_again(self, claim: _Claim) -> None:
         """Give a claim the host ports that an earlier run chose for it, or for another that differs in access alone."""
-        container, mapping, _ = key
-        assert isinstance(container, ContainerKey)
+        key, container, mapping = claim.key, claim.container, claim.mapping
         others = {self._chosen.get(other) for other in self._keys[container] if other[1] == mapping}
         earlier = (ports for ports in self._earlier.get((container, mapping), ()) if ports not in others)
         ports = next(earlier, None)
@@ -462,7 +495,7 @@ class Publications:
             self._remove((declaration.source, mapping, declaration.access))
 
     def _put(self, publication: Publication) -> None:
-        key: _Key = (publication.container or publication.source, publication.mapping, publication.access)
+        key: _Key = (publication.container or publication.source, publication.asked, publication.access)
         self._remove(key)
         self._published[key] = publication
         self._counts[publication.state] += 1
@@ -499,6 +532,8 @@ def _by_cell(holders: Iterable[Holder]) -> dict[Cell, list[Holder]]:
 
 
 def _mapping_order(publication: Publication) -> tuple[str, int, str, str]:
-    mapping = publication.bound or publication.mapping
+    mapping = publication.bound or publication.asked
+    if isinstance(mapping, Unread):
+        return ("", 0, str(mapping), publication.source)
     first = mapping.host_ports.first if mapping.host_ports else 0
     return (mapping.protocol.value, first, str(mapping), publication.source)

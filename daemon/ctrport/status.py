@@ -34,8 +34,8 @@ class PublicationStatus:
     """One publication, for people and programs.
 
     ``pod`` is ``namespace/name``, empty where it is none; ``container`` is a pod's sandbox. ``mapping`` is as declared,
-    ``bound`` with the host ports that it has, empty unless it is active. ``reason`` is, of an active one, what else
-    there is to say. ``since`` is when its state began, as ISO 8601 in UTC.
+    in quotes where it cannot be read; ``bound`` has the host ports that it got, and is empty unless it is active.
+    ``reason`` is, of an active one, what else there is to say. ``since`` is when its state began, as ISO 8601 in UTC.
     """
 
     namespace: str
@@ -63,7 +63,7 @@ class PublicationStatus:
             namespace=publication.container.namespace if publication.container else "",
             container=publication.container.id if publication.container else "",
             pod=publication.pod or "",
-            mapping=str(publication.mapping),
+            mapping=str(publication.asked),
             bound=str(publication.bound or ""),
             addresses=[str(attachment.address) for attachment in publication.attachments],
             state=str(publication.state),

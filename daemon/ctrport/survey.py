@@ -17,7 +17,7 @@ from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
 from .firewall import Firewall, FirewallError
-from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, Obstacle, State
+from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
 from .pods import Pods, Running
 from .publish import Publications, chosen
@@ -48,9 +48,7 @@ class Survey:
         self._told: dict[str, str] = {}  # what was said of networks that are not run
         self._holders: dict[str, list[Holder]] = {}  # by where they were seen
         self.facts = self._node.facts
-        self.publications = Publications(
-            config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
-        )
+        self.publications = _publications(config, self.facts, firewalls)
 
     @property
     def config(self) -> Config:
@@ -62,15 +60,16 @@ class Survey:
 
         Raises ``ContainerdError`` where containers of other namespaces are looked for.
         """
-        before, watched = self.publications, self._config.containerd.namespaces
+        before, known = self.publications, self._config
         self._config, self._firewalls = config, dict(firewalls)
         self._holders.clear()
-        self.publications = Publications(
-            config.publish, self.facts, families=tuple(firewalls), localhost=config.firewall.localhost
-        )
+        self.publications = _publications(config, self.facts, firewalls)
         self.publications.recover(chosen(before))
         self._judge(self._pods.running)
-        if config.containerd.namespaces != watched:
+        if (config.containerd.namespaces, config.reads_annotations) != (
+            known.containerd.namespaces,
+            known.reads_annotations,
+        ):
             await self.everything()
         else:
             await self.node()
@@ -100,7 +99,10 @@ class Survey:
         """Look at the node and at every container there is. Raises ``ContainerdError``, and ``OSError`` as ``look``."""
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
-        found = [listed for name in namespaces for listed in await self._containerd.containers(name)]
+        annotations = self._config.reads_annotations
+        found = [
+            listed for name in namespaces for listed in await self._containerd.containers(name, annotations=annotations)
+        ]
         # What is published is among it also where an earlier look broke off, which may have forgotten it already.
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
@@ -111,8 +113,10 @@ class Survey:
         And ``OSError`` where this process may not so much as open a file: then it has to look at ``everything`` again.
         What such a process shows is looked up while containerd answers, and counts if that is the process indeed.
         """
-        keys = list(seen)
-        asked = asyncio.ensure_future(_abreast(self._containerd.container(key) for key in keys))
+        keys, annotations = list(seen), self._config.reads_annotations
+        asked = asyncio.ensure_future(
+            _abreast(self._containerd.container(key, annotations=annotations) for key in keys)
+        )
         for _ in range(STEPS_TO_ASK):
             await asyncio.sleep(0)
         try:
@@ -196,12 +200,22 @@ class Survey:
                 self._ahead[pid, endpoints.started(pid)] = self._endpoints.find(pid)
 
 
+def _publications(config: Config, facts: NodeFacts, families: Iterable[Family]) -> Publications:
+    return Publications(
+        *(config.publish, facts),
+        families=tuple(families),
+        localhost=config.firewall.localhost,
+        permissions=config.containers_may_publish,
+    )
+
+
 def _running(listed: Listed) -> Running | None:
     """Return a container as its process shows it, None where the process is gone."""
     assert listed.pid is not None
     try:
         return Running(
-            listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid), listed.labels
+            *(listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid)),
+            *(listed.labels, listed.annotation),
         )
     except Gone as gone:
         log.debug("container %s ended while it was being looked at: %s", listed.key, gone)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ctrport import config
 from ctrport.config import Config, ConfigError, Containerd, Firewall
+from ctrport.declared import Kind, Permission
 from ctrport.model import Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
 from tests.unit import strategies
 
@@ -256,8 +257,8 @@ def test_problems_keep_the_order_of_the_files_whatever_these_are_called() -> Non
 
 def uncommented() -> str:
     text = EXAMPLE.read_text()
-    before, after = text.split("publish: []\n")
-    return f"{before}publish:\n" + re.sub("^#", "", after, flags=re.MULTILINE)
+    before, after = text.split("\npublish: []\n")
+    return f"{before}\npublish:\n" + re.sub("^#", "", after, flags=re.MULTILINE)
 
 
 def test_the_example_is_valid_and_publishes_nothing() -> None:
@@ -277,6 +278,40 @@ def test_the_example_names_every_key_with_its_default() -> None:
     assert {key for match in matches for key in match} == {field.name for field in fields(config._Match)}
     pods = [match["pod"] for match in matches if "pod" in match]
     assert {key for pod in pods for key in pod} == {field.name for field in fields(config._PodMatch)}
+
+
+def test_the_commented_rules_of_the_example_are_good() -> None:
+    _, after = EXAMPLE.read_text().split("containers_may_publish: []\n")
+    rules = after.partition("\n\n# What is published")[0]
+    text = "containers_may_publish:\n" + re.sub("^#", "", rules, flags=re.MULTILINE)
+    labels, pods = config.parse(text, "f").containers_may_publish
+    assert labels == Permission(
+        *("f:4", frozenset(Kind), (PortRange(8000, 8999),), True),
+        namespace="default",
+        at_most=5,
+    )
+    assert pods == Permission(
+        *("f:11", frozenset({Kind.ANNOTATION}), (PortRange(30000, 30999),)),
+        namespace="k8s.io",
+        pod_namespace="shop-*",
+        host_ips=(ip_network("192.0.2.7"), ip_network("2001:db8::/64")),
+        protocols=frozenset({Protocol.TCP}),
+    )
+    named = {key for rule in yaml.safe_load(text)["containers_may_publish"] for key in rule}
+    assert named == {field.name for field in fields(config._Permission)}
+
+
+def test_annotations_are_read_only_where_a_rule_is_about_them() -> None:
+    def reads(*kinds: str) -> bool:
+        rules = "".join(f"{{kinds: [{kind}], host_ports: [free]}}, " for kind in kinds)
+        return config.parse(f"containers_may_publish: [{rules}]", "f").reads_annotations
+
+    assert [reads(), reads("label"), reads("label", "annotation")] == [False, False, True]
+
+
+def test_what_containers_may_publish_is_said_in_the_main_file_alone() -> None:
+    with pytest.raises(ConfigError, match="`containers_may_publish` is set in the main file alone"):
+        config.parse("", "a.yaml", [("b.yaml", "containers_may_publish: [{kinds: [label], host_ports: [free]}]")])
 
 
 def test_the_commented_entries_of_the_example_are_good() -> None:

@@ -85,7 +85,7 @@ f:11:15: `firewall.masquerade` is 'some'; expected hairpin or all
 f:12:18: `firewall.reserve_limit` is '-1'; expected a number of ports from 0 to 196605, in plain digits
 f:13:18: `firewall.poll_interval` is '0.5'; expected a number of seconds from 1 to 60, in plain digits
 f:14:3: `firewall.on_stop` is empty; expected keep or remove
-f:15:1: the file has no key 'publlish'; expected containerd, firewall, networks or publish (did you mean publish?)
+f:15:1: the file has no key 'publlish'; expected {keys} (did you mean publish?)
 f:17:12: `publish[].match` is a mapping without a condition, which would match every container; expected {match}
 f:18:12: `publish[].ports` is an empty list; expected {ports}
 f:19:24: `publish[].match.namespace` is 'web app'; expected {namespace_glob}
@@ -119,6 +119,7 @@ f:37:63: a label has no name; expected one, such as app in {{app: web}}
 f:37:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
 f:39:18: `publish[].match.pod` is 'web'; expected {pod}
 """.format(
+    keys="containerd, firewall, networks, publish or containers_may_publish",
     address="the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     a_namespace="the name of a containerd namespace, such as k8s.io",
     chain="1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
@@ -160,8 +161,11 @@ FIREWALL = (
     "a mapping with backend, chain, position, localhost, masquerade, reserve_limit, poll_interval and on_stop, "
     "or the key left out"
 )
-FILE = "a mapping with the keys containerd, firewall, networks and publish, each of which may be left out"
-NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall, networks or publish"
+FILE = (
+    "a mapping with the keys containerd, firewall, networks, publish and containers_may_publish, "
+    "each of which may be left out"
+)
+NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall, networks, publish or containers_may_publish"
 BAD_YAML = {
     "firewall: {}\n---\nfirewall: {}\n": ["f:2:1: a second document begins here; expected one alone"],
     "---\n---\n": ["f:2:1: a second document begins here; expected one alone"],
@@ -207,10 +211,13 @@ BAD_YAML = {
     ],
     "a: {b: {c: 1, c: 2}}": [NO_KEY_A, "f:1:15: the key 'c' stands on line 1 already; expected each once"],
     '{"a": 1, a: 2}': [
-        "f:1:2: the file has no key 'a'; expected containerd, firewall, networks or publish",
+        "f:1:2: the file has no key 'a'; expected containerd, firewall, networks, publish or containers_may_publish",
         "f:1:10: the key 'a' stands on line 1 already; expected each once",
     ],
-    '"\\e[2J\\n": 1': ["f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall, networks or publish"],
+    '"\\e[2J\\n": 1': [
+        "f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall, networks, publish or "
+        "containers_may_publish"
+    ],
 }
 
 
@@ -404,11 +411,39 @@ def test_every_place_of_the_schema_says_what_is_expected() -> None:
             ("firewall", Firewall),
             ("networks[]", config._Network),
             ("publish[]", config._Entry),
+            ("containers_may_publish[]", config._Permission),
             ("publish[].match", config._Match),
             ("publish[].match.pod", config._PodMatch),
         ]
         for field in fields(schema)
     }
+
+
+# What containers may publish.
+
+GOOD = "{kinds: [label], host_ports: [free]"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("{kinds: [label]}", "`containers_may_publish[].host_ports` is missing; expected a list of ports"),
+        ("{host_ports: [free]}", "`containers_may_publish[].kinds` is missing; expected a list of label"),
+        ("{kinds: [], host_ports: [free]}", "`containers_may_publish[].kinds` is an empty list; expected"),
+        ("{kinds: [pod], host_ports: [free]}", "an entry of `containers_may_publish[].kinds` is 'pod'; expected label"),
+        ("{kinds: [label], host_ports: [0]}", "`containers_may_publish[].host_ports` is '0'; expected a port or"),
+        ("{kinds: [label], host_ports: [9-8]}", "`containers_may_publish[].host_ports` is '9-8'; expected a port"),
+        ("{kinds: [label], host_ports: [65536]}", "`containers_may_publish[].host_ports` is '65536'; expected"),
+        (f"{GOOD}, host_ips: [10.0.0.1/8]}}", "is '10.0.0.1/8', which is a host in 10.0.0.0/8; expected an address"),
+        (f"{GOOD}, protocols: [icmp]}}", "is 'icmp'; expected tcp, udp or sctp"),
+        (f"{GOOD}, at_most: -1}}", "`containers_may_publish[].at_most` is '-1'; expected a number of ports"),
+        (f"{GOOD}, namespace: a/b}}", "`containers_may_publish[].namespace` is 'a/b'; expected the name of a"),
+        (f"{GOOD}, pods: x}}", "has no key 'pods'; expected kinds, host_ports, namespace, pod_namespace, host_ips, "),
+    ],
+)
+def test_a_rule_of_what_containers_may_publish_is_checked(rule: str, expected: str) -> None:
+    (problem,) = problems(f"containers_may_publish: [{rule}]")
+    assert expected in problem
 
 
 # Anything at all.

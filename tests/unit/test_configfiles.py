@@ -12,7 +12,7 @@ from ctrport.configfiles import LONGEST, Unreadable, load
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (lambda path: None, "No such file or directory; expected a configuration file (--config)"),
-    "a directory": (lambda path: path.mkdir(), "not a regular file; expected a configuration file (--config)"),
+    "a directory": (lambda path: path.mkdir(), "Is a directory; expected a configuration file (--config)"),
     "a pipe": (os.mkfifo, "not a regular file; expected a configuration file (--config)"),
     "bytes": (lambda path: path.write_bytes(b"publish: [] # \xff"), "byte 14 is not UTF-8; expected YAML text"),
     "endless": (

@@ -20,7 +20,7 @@ from ctrport.dataplane import Dataplane, remove_everything
 from ctrport.firewall import FirewallError
 from ctrport.firewall.fake import Chains, MemoryKernel
 from ctrport.firewall.tables import Tables
-from ctrport.model import Address, Family, NodeFacts, Publication
+from ctrport.model import Address, Family, NodeFacts, Publication, State, Unread
 from ctrport.publish import Change
 from ctrport.rules import Layout, Table
 from tests.unit import worlds
@@ -160,6 +160,19 @@ def test_addresses_that_come_together_are_written_in_one_order(ground: Ground) -
         await dataplane.follow([], node(*addresses))
         written = re.findall(r"DOCKER-FORWARD .*--ctorigdst (\S+)", ground.kernel.restores[-1])
         assert written == list(map(str, addresses))
+
+    run(work)
+
+
+def test_what_cannot_be_read_is_nothing_to_the_kernel(ground: Ground) -> None:
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], node(), mend=True)
+        unread = Publication(Unread("'x'"), "label ctrport/ports", worlds.key("web"), State.REFUSED, "no mapping")
+        await dataplane.follow(came(active("8080:80"), unread), node())
+        await dataplane.follow([*went(active("8080:80")), Change(unread, None)], node())
+        assert in_line(dataplane)
 
     run(work)
 

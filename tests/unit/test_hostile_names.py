@@ -106,7 +106,7 @@ def listed(stranger: Stranger) -> containerd.Listed | None:
     stored = containers_pb2.Container(id=stranger.id, labels=stranger.labels)
     if event is None or not containerd._checked(stored.id, "container id"):
         return None
-    return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored)
+    return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
 
 
 def published(found: Iterable[tuple[ContainerKey, Mapping[str, str], int]]) -> list[Publication]:

@@ -37,7 +37,7 @@ class Answers:
     def __init__(self, asked: list[str], pid: int | None) -> None:
         self._asked, self._pid = asked, pid
 
-    async def container(self, key: ContainerKey) -> Listed | None:
+    async def container(self, key: ContainerKey, *, annotations: bool) -> Listed | None:
         self._asked.append("ask containerd")
         await asyncio.sleep(0.01)
         self._asked.append("answer")

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63trport/api/containers.proto\x12!containerd.services.containers.v1\"\x9f\x01\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"W\n\x14ListContainerMessage\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container2\x85\x03\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x81\x01\n\nListStream\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x37.containerd.services.containers.v1.ListContainerMessage0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63trport/api/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\"\xde\x02\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12P\n\nextensions\x18\n \x03(\x0b\x32<.containerd.services.containers.v1.Container.ExtensionsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0f\x45xtensionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"W\n\x14ListContainerMessage\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container2\x85\x03\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x81\x01\n\nListStream\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x37.containerd.services.containers.v1.ListContainerMessage0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,20 +34,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTAINER_LABELSENTRY']._loaded_options = None
   _globals['_CONTAINER_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CONTAINER']._serialized_start=68
-  _globals['_CONTAINER']._serialized_end=227
-  _globals['_CONTAINER_LABELSENTRY']._serialized_start=182
-  _globals['_CONTAINER_LABELSENTRY']._serialized_end=227
-  _globals['_GETCONTAINERREQUEST']._serialized_start=229
-  _globals['_GETCONTAINERREQUEST']._serialized_end=262
-  _globals['_GETCONTAINERRESPONSE']._serialized_start=264
-  _globals['_GETCONTAINERRESPONSE']._serialized_end=351
-  _globals['_LISTCONTAINERSREQUEST']._serialized_start=353
-  _globals['_LISTCONTAINERSREQUEST']._serialized_end=393
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=395
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=485
-  _globals['_LISTCONTAINERMESSAGE']._serialized_start=487
-  _globals['_LISTCONTAINERMESSAGE']._serialized_end=574
-  _globals['_CONTAINERS']._serialized_start=577
-  _globals['_CONTAINERS']._serialized_end=966
+  _globals['_CONTAINER_EXTENSIONSENTRY']._loaded_options = None
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_options = b'8\001'
+  _globals['_CONTAINER']._serialized_start=95
+  _globals['_CONTAINER']._serialized_end=445
+  _globals['_CONTAINER_LABELSENTRY']._serialized_start=327
+  _globals['_CONTAINER_LABELSENTRY']._serialized_end=372
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_start=374
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_end=445
+  _globals['_GETCONTAINERREQUEST']._serialized_start=447
+  _globals['_GETCONTAINERREQUEST']._serialized_end=480
+  _globals['_GETCONTAINERRESPONSE']._serialized_start=482
+  _globals['_GETCONTAINERRESPONSE']._serialized_end=569
+  _globals['_LISTCONTAINERSREQUEST']._serialized_start=571
+  _globals['_LISTCONTAINERSREQUEST']._serialized_end=611
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=613
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=703
+  _globals['_LISTCONTAINERMESSAGE']._serialized_start=705
+  _globals['_LISTCONTAINERMESSAGE']._serialized_end=792
+  _globals['_CONTAINERS']._serialized_start=795
+  _globals['_CONTAINERS']._serialized_end=1184
 # @@protoc_insertion_point(module_scope)
