@@ -24,8 +24,8 @@ CORE_FILES := $(subst $(SPACE),$(COMMA),$(CORE:%=daemon/ctrport/%))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs run install uninstall \
-	clean
+.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs dist distboot image run \
+	install uninstall clean
 
 help:  ## Show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -86,6 +86,20 @@ pythons:  ## Run the unit tests under every Python from 3.10 to 3.13 that is fou
 stubs: $(READY)  ## Generate daemon/ctrport/api from proto/
 	$(BIN)/python bin/generate-stubs
 
+dist: tools $(READY)  ## Build dist/*.tar.gz, which installs on a node without network, and try it (as root, 1 minute)
+	@rm -f dist/ctrport-*.tar.gz
+	@TOOLS="$(BIN)/python" bin/build-dist
+	$(BIN)/python -m pytest -q tests/archive
+
+distboot: dist  ## Install that archive in a booted Debian without network and compiler (as root, 2 minutes)
+	@bin/install-boot-tools
+	@$(BIN)/python -m tests.boot archive
+
+image: dist  ## Build the root of the image for Kubernetes below .image, and try it (as root, 3 minutes)
+	@bin/install-boot-tools
+	@bin/build-image .image
+	$(BIN)/python -m pytest -q tests/image
+
 run: $(READY)  ## Run the daemon here, on this machine's containerd (as root): make run CONFIG=FILE
 	$(BIN)/ctrport run --config $(CONFIG)
 
@@ -96,5 +110,6 @@ uninstall:  ## Remove the daemon and every rule of it; /etc/ctrport stays (as ro
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" bin/uninstall
 
 clean:  ## Remove what was built
-	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage* .boot build dist
+	rm -rf .venv .venv-pythons .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage*
+	rm -rf .boot .image build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 _CONF = Path("/proc/sys/net/ipv4/conf")
+#: Where it is written instead, if it is there: in a container /proc/sys is read-only, and takes no mount either. A
+#: mount of the same elsewhere shows each process its own network, too.
+_WRITABLE = Path("/run/host/proc/sys/net/ipv4/conf")
 
 
 def is_on(device: str) -> bool:
@@ -30,7 +33,10 @@ def is_off(device: str) -> bool:
 def switch(device: str, on: bool) -> None:
     """Switch it for ``device``. A device that is gone took its switch along, which is no error."""
     try:
-        _path(device).write_text("1" if on else "0")
+        path = _path(device)
+        if _WRITABLE.is_dir():
+            path = _WRITABLE / path.relative_to(_CONF)
+        path.write_text("1" if on else "0")
     except FileNotFoundError:
         return
 

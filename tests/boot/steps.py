@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from embedded.host import ALL_NAMESPACES, Place
 from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, Unreachable, probe_tcp, probe_udp
 from embedded.wait import eventually
+from tests.boot.tree import ROOT
 from tests.boot.world import CLIENT, NODE, UNIT, World
 
 #: Seconds of the watchdog in here: more than two turns of an idle loop. The unit's own would take longer than the rest.
@@ -67,6 +69,14 @@ table inet other {
 }
 """
 
+# The machine that an archive is for has none of these.
+_BARE = """
+rm -rf /root/wheels /usr/bin/*gcc* /usr/bin/cc /usr/bin/c89* /usr/bin/c99* /usr/lib/gcc /usr/include
+rm -rf /usr/lib/python3*/ensurepip /usr/share/python-wheels /usr/lib/python3/dist-packages/pip
+! command -v cc gcc pip pip3
+! python3 -c 'import ensurepip' 2>/dev/null
+"""
+
 
 def boots(world: World) -> str:
     """A Debian with systemd, cgroup v2 and containerd.service."""
@@ -86,11 +96,31 @@ def make_install(world: World) -> str:
     assert "is installed. Declare ports" in said, said
     state = world.machine.show(UNIT, "UnitFileState"), world.machine.show(UNIT, "ActiveState")
     assert state == ("disabled", "inactive"), state
+    _drop_in(world)
+    return f"in {took:.0f} s, without a network; the unit is {' and '.join(state)}"
+
+
+def archive_install(world: World) -> str:
+    """From what `make dist` has built: the machine has no network, and by now no compiler and no pip either."""
+    machine = world.machine
+    archives = [*(ROOT / "dist").glob("ctrport-*.tar.gz")]
+    assert len(archives) == 1, "expected one archive in dist: make dist"
+    machine.shell(_BARE)
+    shutil.copy(archives[0], machine.path("/root/archive.tar.gz"))
+    machine.shell("mkdir /root/archive; tar -xzf /root/archive.tar.gz --strip-components=1 -C /root/archive")
+    began = time.monotonic()
+    said = machine.command("/root/archive/install")
+    took = time.monotonic() - began
+    assert "is installed. Declare ports" in said, said
+    _drop_in(world)
+    return f"in {took:.0f} s, without network, compiler and pip"
+
+
+def _drop_in(world: World) -> None:
     drop_in = world.machine.path(f"/etc/systemd/system/{UNIT}.d/boot.conf")
     drop_in.parent.mkdir()
     drop_in.write_text(_DROP_IN)
     world.systemctl("daemon-reload")
-    return f"in {took:.0f} s, without a network; the unit is {' and '.join(state)}"
 
 
 def security(world: World) -> str:
@@ -369,4 +399,9 @@ STEPS: tuple[Callable[[World], str], ...] = (
     *(boots, make_install, security, containerd_comes_later, publishes, least_privilege),
     *(restart, kill_9, watchdog, legacy_tables, reload),
     *(flush, nftables_service, firewalld, drop_in_another_table, upgrade, uninstall),
+)
+
+#: What is tried of the archive of `make dist`; all else is the same program.
+ARCHIVE_STEPS: tuple[Callable[[World], str], ...] = (
+    *(boots, archive_install, containerd_comes_later, publishes, least_privilege, restart, legacy_tables, uninstall),
 )

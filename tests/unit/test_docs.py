@@ -15,7 +15,7 @@ from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ("docs/operating.md", "docs/paths.md", "docs/docker.md")
+DOCS = ("docs/operating.md", "docs/paths.md", "docs/docker.md", "deploy/kubernetes/README.md")
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,7 +55,7 @@ def wrong(arguments: list[str]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_options_exist(page: Path) -> None:
     assert [problem for call in command_lines(shown(page), "ctrport") if (problem := wrong(call))] == []
 
@@ -85,7 +85,7 @@ def test_the_unit_runs_a_command_that_exists() -> None:
     assert wrong(start.split()[1:]) is None
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_configurations_are_taken(page: Path) -> None:
     for language, code in _FENCE.findall(page.read_text()):
         if language == "yaml":
@@ -137,7 +137,7 @@ def test_each_exit_status_is_explained() -> None:
     assert explained == [str(code) for code in (0, cli.FAILED, cli.BAD_USAGE, cli.TO_CHANGE)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_targets_and_files_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for call in command_lines(shown(page), "make"):

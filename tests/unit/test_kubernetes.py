@@ -1,0 +1,76 @@
+"""The manifests in deploy/kubernetes: by Kubernetes' own schemas, and by what they promise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from ctrport import config
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+MANIFESTS: list[dict[str, Any]] = [*yaml.safe_load_all((KUBERNETES / "ctrport.yaml").read_text())]
+NAMESPACE, CONFIGMAP, DAEMONSET = MANIFESTS
+POD = DAEMONSET["spec"]["template"]["spec"]
+[CONTAINER] = POD["containers"]
+
+#: The oldest Kubernetes that the schemas are there for, and the one that they were made for last.
+VERSIONS = ("1.25", kubernetes_validate.latest_version())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda manifest: manifest["kind"])
+def test_kubernetes_takes_them(manifest: dict[str, Any], version: str) -> None:
+    assert kubernetes_validate.validate(manifest, version, strict=True) == ".".join(version.split(".")[:2])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_check_sees_what_is_wrong(version: str) -> None:
+    misspelt = {**DAEMONSET, "spec": {**DAEMONSET["spec"], "updateStrateggy": {}}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="updateStrateggy"):
+        kubernetes_validate.validate(misspelt, version, strict=True)
+
+
+def test_the_configuration_is_taken() -> None:
+    text = CONFIGMAP["data"]["config.yaml"]
+    assert config.parse(text, "config.yaml").publish == ()
+    declared = text.replace("publish: []", "publish:").replace("\n#", "\n")
+    assert len(config.parse(declared, "config.yaml").publish) == 1
+
+
+def test_the_pod_has_no_more_than_it_needs() -> None:
+    context = CONTAINER["securityContext"]
+    assert context["capabilities"]["drop"] == ["ALL"]
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert not {"privileged", "procMount"} & {*context}
+    assert POD["automountServiceAccountToken"] is False
+    assert "serviceAccountName" not in POD
+    unit = (ROOT / "systemd" / "ctrport.service").read_text()
+    bounding = re.search(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    assert bounding is not None
+    assert {f"CAP_{name}" for name in context["capabilities"]["add"]} <= {*bounding[1].split()}
+
+
+def test_every_volume_is_there_and_used() -> None:
+    used = [mount["name"] for mount in CONTAINER["volumeMounts"]]
+    assert sorted(used) == sorted(volume["name"] for volume in POD["volumes"])
+
+
+def test_the_labels_lead_to_the_pods() -> None:
+    assert DAEMONSET["spec"]["selector"]["matchLabels"] == DAEMONSET["spec"]["template"]["metadata"]["labels"]
+    assert {one["metadata"].get("namespace", NAMESPACE["metadata"]["name"]) for one in MANIFESTS} == {"ctrport"}
+    [configmap] = [volume["configMap"]["name"] for volume in POD["volumes"] if "configMap" in volume]
+    assert configmap == CONFIGMAP["metadata"]["name"]
+
+
+def test_the_image_has_the_version() -> None:
+    from ctrport import __version__
+
+    assert CONTAINER["image"].endswith(f":{__version__}")
+    assert f"ctrport:{__version__} " in (KUBERNETES / "Containerfile").read_text()
