@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import pytest
 from google.protobuf.message import Message
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ctrport import cli, containerd, status, systemd
@@ -367,6 +367,7 @@ def test_devices_of_a_container_are_read_whatever_they_are_called(names: list[st
 @example("a\n")
 @example('e" -j')
 def test_a_device_is_part_of_a_rule_or_refused(name: str) -> None:
+    assume(name != "lo")  # which the guard of 127.0.0.0/8 names, and no container is behind
     where = IPv4Address("172.17.0.2")
     try:
         attachment = Attachment(where, name, IPv4Network("172.17.0.0/16"))
