@@ -107,7 +107,7 @@ def test_what_is_added_is_published_and_the_rest_not_touched(world: World) -> No
     world.told(1)
     after = counters(node)
     assert {its: after[its] for its in before} == before
-    assert world.ctrport.status()["transactions"] == transactions + 1
+    eventually(lambda: world.ctrport.status()["transactions"] == transactions + 1, what="the status being written")
     assert world.chosen() == port
     assert connection.answers()
     published = [line for line in world.ctrport.messages.splitlines() if "published " in line]
