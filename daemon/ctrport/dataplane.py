@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
@@ -200,7 +200,6 @@ class Dataplane:
 
     async def _mend(self) -> list[Plan]:
         """Return what it took; what it would have taken, too, where somebody was still writing meanwhile."""
-        self.in_line = False
         plans: list[Plan] = []
         for left in reversed(range(MENDING_TRIES)):
             transition = await self._transition(words=False)
@@ -414,24 +413,26 @@ def _sorted(addresses: Iterable[Address]) -> list[Address]:
 
 
 def _switch(device: str, on: bool) -> None:
-    try:
+    with _errors(device, "switched"):
         localnet.switch(device, on)
-    except OSError as error:
-        raise FirewallError(f"route_localnet of {device} cannot be switched: {error.strerror}") from error
 
 
 def _is_on(device: str) -> bool:
-    try:
+    with _errors(device, "read"):
         return localnet.is_on(device)
-    except OSError as error:
-        raise FirewallError(f"route_localnet of {device} cannot be read: {error.strerror}") from error
 
 
 def _is_off(device: str) -> bool:
-    try:
+    with _errors(device, "read"):
         return localnet.is_off(device)
+
+
+@contextlib.contextmanager
+def _errors(device: str, done: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise FirewallError(f"route_localnet of {device} cannot be read: {error.strerror}") from error
+        raise FirewallError(f"route_localnet of {device} cannot be {done}: {error.strerror}") from error
 
 
 def _bridged(publication: Publication) -> list[Attachment]:

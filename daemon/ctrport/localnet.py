@@ -16,18 +16,12 @@ _WRITABLE = Path("/run/host/proc/sys/net/ipv4/conf")
 
 def is_on(device: str) -> bool:
     """Whether it is on for ``device``; False where there is no such device."""
-    try:
-        return _path(device).read_text().strip() == "1"
-    except FileNotFoundError:
-        return False
+    return _state(device) == "1"
 
 
 def is_off(device: str) -> bool:
     """Whether it is off for ``device``; False where there is no such device."""
-    try:
-        return _path(device).read_text().strip() == "0"
-    except FileNotFoundError:
-        return False
+    return _state(device) == "0"
 
 
 def switch(device: str, on: bool) -> None:
@@ -39,6 +33,13 @@ def switch(device: str, on: bool) -> None:
         path.write_text("1" if on else "0")
     except FileNotFoundError:
         return
+
+
+def _state(device: str) -> str:
+    try:
+        return _path(device).read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _path(device: str) -> Path:

@@ -93,9 +93,8 @@ class _Claim:
         )
 
 
-_Key = tuple[
-    ContainerKey | str, Mapping | Unread, Access
-]  # the container, or the source of a declaration that matches none
+#: The container, or the source of a declaration that matches none; what is asked for, and for whom.
+_Key = tuple[ContainerKey | str, Mapping | Unread, Access]
 
 
 @dataclass

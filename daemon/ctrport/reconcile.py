@@ -329,7 +329,7 @@ class Reconciler:
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
-        self._chronicle.tell(self._remark, in_line=self._dataplane.in_line)
+        self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line:
@@ -386,9 +386,6 @@ class Reconciler:
         stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
         return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
 
-    def _remark(self, publication: Publication) -> str:
-        return self._dataplane.remark(publication)
-
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""
         return Status(
@@ -404,7 +401,7 @@ class Reconciler:
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
             publications=[
-                self._chronicle.shown(publication, self._remark(publication), self._problem)
+                self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem)
                 for publication in self._survey.publications
             ],
             networks=networks(self._survey.facts, self._survey.amiss),
