@@ -9,19 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
-import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from . import __version__, configfiles, status, systemd
+from . import __version__, configfiles, logs, status
 from .config import DEFAULT_PATH, Config, ConfigError
 from .containerd import ContainerdError
 from .firewall import Firewall, FirewallError
+from .terminal import BAD_USAGE, TO_CHANGE, complain, fail, one_line, table
 
 if TYPE_CHECKING:
     from .model import Family
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
 
 def main() -> NoReturn:
@@ -70,20 +67,20 @@ def run(path: str, directory: Path, verbose: bool) -> None:
     """Run the daemon until SIGTERM."""
     from . import run as daemon
 
-    _log(verbose)
+    logs.begin(verbose)
     config = _load(path)
     _as_root("run")
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(status.only_one(directory))
         except status.AlreadyRunning as error:
-            _fail(str(error))
+            fail(str(error))
         except OSError as error:
-            _fail(f"the run directory {directory} cannot be used: {error.strerror}")
+            fail(f"the run directory {directory} cannot be used: {error.strerror}")
         try:
             _await(daemon.run(config, path, directory))
         except OSError as error:
-            _fail(f"it cannot go on: {error.strerror or error}")
+            fail(f"it cannot go on: {error.strerror or error}")
 
 
 @cli.command()
@@ -111,7 +108,7 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
     if as_json:
         click.echo(current.to_json())
     else:
-        _table(current)
+        table(current)
 
 
 @cli.command()
@@ -144,7 +141,7 @@ def clean(directory: Path, force: bool) -> None:
 
     _as_root("clean")
     if status.is_running(directory) and not force:
-        _fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
+        fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
     removed = [_await(remove_everything(firewall)) for firewall in _await(daemon.every_firewall())]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
 
@@ -171,99 +168,25 @@ async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:
     return await daemon.firewalls(layout, (await choose(config.firewall.backend)).backend)
 
 
-def _table(current: status.Status) -> None:
-    """Print publications as a table: in colour on a terminal, whole lines elsewhere."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    colours = {"active": "green", "waiting": "yellow", "conflict": "red", "refused": "red", "unsupported": "red"}
-    table = Table("CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON", box=None, header_style="", pad_edge=False)
-    for one in current.publications:
-        state = Text(one_line(one.state), style=colours.get(one.state, ""))
-        reason = one.reason or (f"since {one.since}" if one.since else "")
-        cells = [one.name, one.bound or one.mapping, ",".join(one.addresses) or "-"]
-        texts = [Text(one_line(cell), overflow="fold") for cell in (*cells, reason)]
-        table.add_row(*texts[:-1], state, texts[-1])
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip())
-    for network in current.networks:
-        if network.reason:
-            _complain(f"network {network.bridge}: {network.reason}")
-    if current.config:
-        _complain(f"warning: an older configuration is in use: {current.config}")
-    for warning in current.warnings:
-        _complain(f"warning: {warning}")
-
-
 def _load(path: str) -> Config:
     """Read the configuration and the parts beside it, or end with every problem they have."""
     try:
         return configfiles.load(path)
     except ConfigError as error:
         for problem in error.problems:
-            _complain(str(problem))
+            complain(str(problem))
         raise SystemExit(BAD_USAGE) from None
     except configfiles.Unreadable as error:
-        _fail(str(error), BAD_USAGE)
+        fail(str(error), BAD_USAGE)
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
     try:
         return asyncio.run(work)
     except (FirewallError, ContainerdError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _as_root(command: str) -> None:
     if os.geteuid() != 0:
-        _fail(f"ctrport {command} needs root: it works with the kernel's tables")
-
-
-def one_line(text: str) -> str:
-    """Return ``text`` so that it is one line, and nothing in it reaches a terminal as a command.
-
-    Names that a container or a file was given by a stranger are in what is printed: the kernel lets a device be called
-    almost anything, and a file, too.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _complain(line: str) -> None:
-    click.echo(one_line(line), err=True)
-
-
-def _fail(message: str, code: int = FAILED) -> NoReturn:
-    _complain(f"ctrport: {message}")
-    raise SystemExit(code)
-
-
-_PRIORITIES = {logging.ERROR: "<3>", logging.WARNING: "<4>", logging.INFO: "<6>", logging.DEBUG: "<7>"}
-
-
-class _Lines(logging.Formatter):
-    """Makes each message one line, whatever names are in it. A traceback keeps its lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging calls it so
-        return one_line(super().formatMessage(record))
-
-
-class _Journal(_Lines):
-    """Puts the priority in front, as the journal takes it (sd-daemon(3))."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _PRIORITIES.get(record.levelno, "") + super().format(record)
-
-
-def _log(verbose: bool) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _Journal("%(message)s")
-        if systemd.under_journal()
-        else _Lines("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    )
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+        fail(f"ctrport {command} needs root: it works with the kernel's tables")

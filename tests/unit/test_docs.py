@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ctrport import cli, config
+from ctrport import cli, config, terminal
 from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
@@ -134,7 +134,7 @@ def test_what_an_installation_writes_is_listed() -> None:
 def test_each_exit_status_is_explained() -> None:
     text = (ROOT / "README.md").read_text()
     explained = re.findall(r"^\| ([0-9]) \|", text[text.index("| exit status |") :], re.MULTILINE)
-    assert explained == [str(code) for code in (0, cli.FAILED, cli.BAD_USAGE, cli.TO_CHANGE)]
+    assert explained == [str(code) for code in (0, terminal.FAILED, terminal.BAD_USAGE, terminal.TO_CHANGE)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -21,6 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ctrport import config, configfiles, ports
+from ctrport.claims import Claims
 from ctrport.config import Config, ConfigError, Problem
 from ctrport.configfiles import Unreadable
 from ctrport.firewall import text
@@ -311,7 +312,7 @@ def test_who_claims_a_port_is_found_as_by_looking_at_each_pair(wanted: list[Mapp
             [None, None, mapping.host_ip, *map(IPv4Address, ("0.0.0.0", "127.0.0.1")), IPv6Address("::")]
         )
         chosen.append(Mapping(host_ip, few.choice([its, its, None]), its, few.choice([Protocol.TCP, mapping.protocol])))
-    claims = config._Claims()
+    claims = Claims()
     for at, mapping in enumerate(chosen):
         rivals = [other for other in chosen[:at] if other.overlaps(mapping)]
         found = claims.claim(mapping, str(at))

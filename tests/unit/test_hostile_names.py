@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ctrport import cli, containerd, status, systemd
+from ctrport import containerd, logs, status, systemd, terminal
 from ctrport.api import containers_pb2, payloads_pb2, task_pb2
 from ctrport.chronicle import _subject
 from ctrport.endpoints import Address6, addresses6, default_devices6, routes
@@ -212,7 +212,7 @@ def test_each_publication_is_one_line_of_ps_and_of_the_log(
     said = Status("1", True, 1, "", warning, reason, reason, publications=shown, warnings=[warning])
     assert Status.from_json(said.to_json()) == said
     json.loads(said.to_json().encode("ascii"))
-    cli._table(said)
+    terminal.table(said)
     printed = capsys.readouterr()
     out, err = printed.out.split("\n"), printed.err.split("\n")
     assert len(out) == len(publications) + 2
@@ -222,7 +222,7 @@ def test_each_publication_is_one_line_of_ps_and_of_the_log(
         assert _subject(each).isprintable()
         message = "published %s source=%s reason=%s"
         record = logging.LogRecord("x", 20, "", 1, message, (_subject(each), each.source, each.reason), None)
-        for formatter in (cli._Lines("%(levelname)s %(message)s"), cli._Journal("%(message)s")):
+        for formatter in (logs.Lines("%(levelname)s %(message)s"), logs.Journal("%(message)s")):
             assert formatter.format(record).isprintable()
 
 
@@ -231,8 +231,8 @@ def test_each_publication_is_one_line_of_ps_and_of_the_log(
 @example("\ud800")
 @example("it's\n")
 def test_whatever_is_said_is_one_line(name: str) -> None:
-    assert cli.one_line(name).isprintable()
-    assert cli.one_line(name) == name or not name.isprintable()
+    assert terminal.one_line(name).isprintable()
+    assert terminal.one_line(name) == name or not name.isprintable()
     assert re.fullmatch("[ -~]{1,15}", _printable(name[:15]))
     assert re.fullmatch("[A-Za-z0-9 ._:/@+?-]{0,32}", printable(name))
     systemd.notify(f"STATUS={name}")  # nobody listens
