@@ -1,4 +1,4 @@
-"""What happened, told once: since when each publication is as it is, and a line in the log for each change."""
+"""What happened, told once: since when each publication is as it is, and an event for each change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
+from .events import Event
 from .firewall.drift import Drift
 from .model import Publication, State
 from .publish import Change
@@ -45,7 +46,7 @@ class Chronicle:
                 self._untold[_name(publication)] = (change, since)
 
     def tell(self, remark: Callable[[Publication], str], *, in_line: bool) -> None:
-        """Log what was taken in, with what else there is to say of it.
+        """Tell what was taken in, with what else there is to say of it.
 
         Not that something is published, or not any more, before the kernel is ``in_line`` with that.
         """
@@ -63,24 +64,31 @@ class Chronicle:
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
-                log.info("withdrawn %s mapping=%s", _subject(publication), publication.bound)
+                log.info(Event("withdrawn", **_subject(publication), mapping=str(publication.bound)))
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
         if publication.state is State.ACTIVE:
-            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
-            where = ",".join(str(attachment.address) for attachment in publication.attachments)
-            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
-            if remark:
-                log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
-        else:
-            level = logging.INFO if publication.container is None else logging.WARNING
-            log.log(
-                level,
-                "%s %s mapping=%s source=%s reason=%r",
-                *(publication.state, _subject(publication), publication.asked),
-                *(publication.source, publication.reason),
+            fell_free = change.before is not None and change.before.state is State.CONFLICT
+            event = Event(
+                "taken-over" if fell_free else "published",
+                **_subject(publication),
+                mapping=str(publication.bound),
+                address=",".join(str(attachment.address) for attachment in publication.attachments),
+                was=change.before.reason if change.before is not None and fell_free else "",
+                remark=remark,
+                after="" if since is None else f"{(time.monotonic() - since) * 1000:.1f}ms",
             )
+            log.info(event)
+        else:
+            event = Event(
+                str(publication.state),
+                **_subject(publication),
+                mapping=str(publication.asked),
+                source=publication.source,
+                reason=publication.reason,
+            )
+            log.log(logging.INFO if publication.container is None else logging.WARNING, event)
 
     def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
@@ -106,24 +114,26 @@ class Chronicle:
         return PublicationStatus.of(publication, shown(since) if since else "")
 
     def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
-        """Take in what others had done to ours, and log it; not each time, where they do it again and again.
+        """Take in what others had done to ours, and tell it; not each time, where they do it again and again.
 
         ``looked_at`` is when all was right for the last time. Which process it was makes no difference: a script that
         deletes a rule in a loop is another one each time.
         """
         now = time.monotonic()
-        by, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
+        event = Event("drift", what=str(drift), within=f"{now - looked_at:.0f}s")
+        said, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
         if drift.in_tables and grounds.since is not None and grounds.writers:
             writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
-            by = f", by {' or '.join(grounds.writers)}"
-            gone = f"{(now - grounds.since) * 1000:.0f} ms"
+            by, took = " or ".join(grounds.writers), (now - grounds.since) * 1000
+            event = Event("drift", what=str(drift), by=by, after=f"{took:.0f}ms")
+            said, gone = f", by {by}", f"{took:.0f} ms"
         what = (str(drift), *sorted(writers))
         self.repairs += 1
-        self.last_repair = f"{drift}{by}; repaired after {gone}"
+        self.last_repair = f"{drift}{said}; repaired after {gone}"
         self._told = [(told, at) for told, at in self._told if now < at + TELL_WITHIN]
         if sum(told == what for told, _ in self._told) < TELL_SAME and len(self._told) < TELL_MOST:
             self._told.append((what, now))
-            log.warning("drift: %s", self.last_repair)
+            log.warning(event)
 
 
 def _name(publication: Publication) -> tuple[str, str, str]:
@@ -141,7 +151,7 @@ def _said(publication: Publication) -> tuple[object, ...]:
     return (publication.state, publication.reason, publication.bound, addresses)
 
 
-def _subject(publication: Publication) -> str:
+def _subject(publication: Publication) -> dict[str, str]:
     if publication.pod is not None:
-        return f"pod={publication.pod} sandbox={publication.container}"
-    return f"container={publication.container or 'none'}"
+        return {"pod": publication.pod, "sandbox": str(publication.container)}
+    return {"container": str(publication.container or "none")}

@@ -20,7 +20,7 @@ from . import __version__, configfiles, logs, status
 from .config import DEFAULT_PATH, Config, ConfigError
 from .containerd import ContainerdError
 from .firewall import Firewall, FirewallError
-from .terminal import BAD_USAGE, TO_CHANGE, complain, fail, one_line, table
+from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, table
 
 if TYPE_CHECKING:
     from .model import Family
@@ -63,11 +63,15 @@ def _directory_option(command: Command) -> Command:
 @_config_option
 @_directory_option
 @click.option("--verbose", is_flag=True, help="Log each look at a container, too.")
-def run(path: str, directory: Path, verbose: bool) -> None:
+@click.option(
+    "--log", "style", type=click.Choice(["lines", "json"]), default="lines", show_default=True, help="How to log."
+)
+def run(path: str, directory: Path, verbose: bool, style: str) -> None:
     """Run the daemon until SIGTERM."""
+    from . import events
     from . import run as daemon
 
-    logs.begin(verbose)
+    logs.begin(verbose, style)
     config = _load(path)
     _as_root("run")
     with contextlib.ExitStack() as held:
@@ -77,10 +81,11 @@ def run(path: str, directory: Path, verbose: bool) -> None:
             fail(str(error))
         except OSError as error:
             fail(f"the run directory {directory} cannot be used: {error.strerror}")
+        held.enter_context(events.recorded(directory))
         try:
-            _await(daemon.run(config, path, directory))
-        except OSError as error:
-            fail(f"it cannot go on: {error.strerror or error}")
+            asyncio.run(daemon.run(config, path, directory))
+        except daemon.Failed:
+            raise SystemExit(FAILED) from None
 
 
 @cli.command()

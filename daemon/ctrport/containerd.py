@@ -51,6 +51,7 @@ from .api import (
     version_pb2_grpc,
 )
 from .declared import NAME
+from .events import warn_once
 from .model import ContainerKey, is_identifier
 
 log = logging.getLogger(__name__)
@@ -214,14 +215,12 @@ class Containerd:
         told = False
         while True:
             try:
-                version = await self.version()
+                await self.version()
             except (Unavailable, Unresponsive) as error:
                 if not told:
                     log.warning("%s; waiting for it", error)
                 told = True
             else:
-                if told:
-                    log.info("containerd %s answers at %s", version, self.address)
                 return
             # Not called again until there is a connection: a failed call costs gRPC memory that it never gives back
             # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled,
@@ -334,7 +333,7 @@ class Containerd:
                 while (message := await call.read()) is not grpc.aio.EOF:
                     # gRPC gives None for a message that cannot be decoded; one such must not hide the others.
                     if not isinstance(message, containers_pb2.ListContainerMessage):
-                        log.warning("containerd sent a container of namespace %s that cannot be decoded", namespace)
+                        warn_once(log, f"containerd sent a container of namespace {namespace} that cannot be decoded")
                     elif _checked(message.container.id, "container id"):
                         yield message.container
         finally:
@@ -500,7 +499,7 @@ def _checked(name: str, what: str) -> bool:
     """Whether ``name`` may go on into rules and logs; containerd checks too, so False is a warning's worth."""
     if is_identifier(name):
         return True
-    log.warning("skipped a %s that containerd itself would not take: %.100r", what, name)
+    warn_once(log, f"skipped a {what} that containerd itself would not take: {name!r:.100}")
     return False
 
 

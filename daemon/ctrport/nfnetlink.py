@@ -69,6 +69,11 @@ class NfTables(Conversation):
                 raise
         raise AssertionError  # pragma: no cover - the last turn returned or raised
 
+    def chains(self, family: int) -> set[tuple[str, str]]:
+        """Return all chains of a family, each behind the name of its table. Raises ``Interrupted``."""
+        its = (read_attributes(message[4:]) for message in self.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0)))
+        return {(text(chain.get(1, b"")), text(chain.get(3, b""))) for chain in its}
+
 
 def comment(rule: bytes) -> str | None:
     """Return the comment of a rule; of several the first."""

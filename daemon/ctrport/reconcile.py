@@ -23,6 +23,7 @@ from .chronicle import Chronicle
 from .config import Config
 from .containerd import Containerd, ContainerdError, TaskEvent
 from .dataplane import Dataplane
+from .events import Event
 from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
@@ -45,6 +46,8 @@ TICKS_TO_RESYNC = 6
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
+
+NOT_CONNECTED = "not connected"
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ class Reconciler:
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
         self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
-        self._containerd_state = "not connected"
+        self._containerd_state = NOT_CONNECTED
+        self._lost = False  # whether containerd was there and is not now
         self._problem = ""  # why the kernel is not in line; empty where it is
+        self._told_in_line = False
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
@@ -146,7 +151,7 @@ class Reconciler:
         self._next_config = None
         if reason != self._stale:
             self._stale = reason
-            log.error("the configuration stays as it was: %s", reason)
+            log.error(Event("not-reloaded", reason=reason))
             self._tell()
 
     async def _change_config(self, config: Config) -> None:
@@ -172,7 +177,7 @@ class Reconciler:
         finally:
             await self._settle(mend=True, told=told)
         await self._dataplane.sweep()
-        log.info("the configuration was read anew: %s", self._summary())
+        log.info(Event("reloaded", **self._counted()))
 
     async def _run(self) -> None:
         while True:
@@ -181,7 +186,10 @@ class Reconciler:
             await self._containerd.connected(systemd.watchdog)
             try:
                 async with self._containerd.events() as events:
-                    self._containerd_state = f"connected, version {await self._containerd.version()}"
+                    version = await self._containerd.version()
+                    if self._containerd_state == NOT_CONNECTED:
+                        log.info(Event("containerd", address=self._containerd.address, version=version))
+                    self._containerd_state = f"connected, version {version}"
                     reader = asyncio.create_task(self._read(events))
                     try:
                         await self._follow(reader)
@@ -190,7 +198,10 @@ class Reconciler:
                         await asyncio.gather(reader, return_exceptions=True)
             except ContainerdError as error:
                 self._containerd_state = f"lost: {error}"
-                log.warning("%s; rules stay as they are until it answers again", error)
+                if not self._lost:
+                    reason = f"{error}; rules stay as they are until it answers again"
+                    log.warning(Event("containerd-lost", address=self._containerd.address, reason=reason))
+                self._lost = True
                 systemd.notify("STATUS=containerd is lost; rules stay as they are")
                 self._on_change()
                 await asyncio.sleep(RETRY)
@@ -238,9 +249,9 @@ class Reconciler:
         self._blind = ""
         self._looking.reset()
         await self._settle(mend=True)
-        total = len(self._survey.publications)
-        if self._dataplane.in_line:
-            log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
+        if self._lost:
+            log.info(Event("containerd-back", address=self._containerd.address, **self._counted()))
+        self._lost = False
         systemd.notify("READY=1", f"STATUS={self._summary()}")
         self._on_change()
         await self._dataplane.sweep()
@@ -318,8 +329,6 @@ class Reconciler:
                     self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
-                if self._problem:
-                    log.info("the kernel is in line again")
                 self._problem = ""
                 self._writing.reset()
             if grounds.since is not None:
@@ -332,6 +341,9 @@ class Reconciler:
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
+        if self._dataplane.in_line and not self._told_in_line:
+            log.info(Event("in-line", **self._counted()))
+            self._told_in_line = True
         if self._dataplane.in_line:
             await self._dataplane.keep_host_ports()
             self._dataplane.drop_stale_flows().add_done_callback(self._complained)
@@ -365,8 +377,8 @@ class Reconciler:
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
         if str(error) != self._problem:
-            log.error("%s; trying again until it works", error)
-        self._problem = str(error)
+            log.error(Event("write-failed", reason=f"{error}; trying again until it works"))
+        self._problem, self._told_in_line = str(error), False
         self._retry_at = time.monotonic() + self._writing.pause()
 
     def _cannot_look(self, error: OSError) -> float:
@@ -385,6 +397,10 @@ class Reconciler:
         publications = self._survey.publications
         stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
         return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
+
+    def _counted(self) -> dict[str, int]:
+        publications = self._survey.publications
+        return {"publications": len(publications), "active": publications.count(State.ACTIVE)}
 
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""

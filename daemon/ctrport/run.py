@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__, configfiles, status, systemd
+from . import __version__, configfiles, neighbours, status, systemd
 from .config import Config, ConfigError
-from .containerd import Containerd
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
+from .events import Event
 from .firewall import FirewallError
 from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
 from .firewall.backends import every_firewall, firewalls, others_than
@@ -61,13 +62,28 @@ def _alarm(backend: str, interval: float) -> Alarm | None:
         return None
 
 
+class Failed(Exception):
+    """The daemon could not go on; why is in the log."""
+
+
 async def run(config: Config, path: str, directory: Path) -> None:
     """Run until SIGTERM or SIGINT, with ``config`` at first, and then with what the files at ``path`` have.
 
-    ``directory`` is the run directory, whose lock the caller holds.
-    Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
+    ``directory`` is the run directory, whose lock the caller holds. Raises ``Failed`` where it cannot begin or go on.
     """
-    log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
+    try:
+        await _run(config, path, directory)
+    except (FirewallError, ContainerdError) as error:
+        log.error(Event("stopped", reason=str(error)))
+        raise Failed from error
+    except OSError as error:
+        log.error(Event("stopped", reason=f"it cannot go on: {error.strerror or error}"))
+        raise Failed from error
+
+
+async def _run(config: Config, path: str, directory: Path) -> None:
+    log.info(Event("started", version=__version__, pid=os.getpid(), kernel=os.uname().release))
+    log.info(_declared(config, path))
     kept = systemd.received()
     store = systemd.FileStore(systemd.manager(), inheritable_sockets())
     end, reload = asyncio.Event(), asyncio.Event()
@@ -75,17 +91,23 @@ async def run(config: Config, path: str, directory: Path) -> None:
         asyncio.get_running_loop().add_signal_handler(number, event.set)
     changed = asyncio.Event()
     reservations = Reservations(0, store=store)
+    told = ""
 
     async def prepare(config: Config) -> Ground:
-        return await _ground(config, reservations)
+        nonlocal told
+        ground, found = await _ground(config, reservations)
+        if str(found) != told:  # or a reload would say it each time
+            log.info(found)
+        told = str(found)
+        return ground
 
     async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
         reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
-        if adopted:
-            log.info("sockets of host ports that systemd has kept: %d", adopted)
+        log.info(Event("host-ports", limit=reservations.limit, kept=adopted))
+        log.info(Event("neighbours", **(neighbours.found() or {"found": "none"})))
         reconciler = Reconciler(containerd, survey, ground, prepare, changed.set)
         tasks = [
             asyncio.create_task(reconciler.run()),
@@ -111,10 +133,21 @@ async def run(config: Config, path: str, directory: Path) -> None:
         status.write(directory, reconciler.status(running=False))
 
 
-async def _ground(config: Config, reservations: Reservations) -> Ground:
-    """Make ready what a configuration is carried out with."""
+def _declared(config: Config, path: str) -> Event:
+    """Return what there is to say of a configuration."""
+    return Event(
+        "configuration",
+        file=path,
+        declarations=len(config.publish),
+        mappings=sum(len(declaration.mappings) for declaration in config.publish),
+        containers_may_publish=len(config.containers_may_publish),
+        networks=",".join(config.networks) or "none",
+    )
+
+
+async def _ground(config: Config, reservations: Reservations) -> tuple[Ground, Event]:
+    """Make ready what a configuration is carried out with; return what there is to say of it, too."""
     choice = await choose(config.firewall.backend)
-    log.info("backend %s: %s", choice.backend, choice.reason)
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
     reservations.limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
     if reservations.limit < config.firewall.reserve_limit:
@@ -122,7 +155,18 @@ async def _ground(config: Config, reservations: Reservations) -> Ground:
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
     its = await firewalls(shape, choice.backend, alarm)
     others = await others_than(choice.backend, shape)
-    return Ground(its, Dataplane(its, shape, reservations, others), alarm)
+    found = Event(
+        "firewall",
+        backend=choice.backend,
+        reason=choice.reason,
+        families=",".join(f"IPv{family.value}" for family in its),
+        chain=shape.chain,
+        position=config.firewall.position,
+        localhost="yes" if shape.localhost else "no",
+        masquerade=config.firewall.masquerade,
+        alarm="none: looked at once a minute" if alarm is None else alarm.how,
+    )
+    return Ground(its, Dataplane(its, shape, reservations, others), alarm), found
 
 
 async def _watch_files(path: str, reload: asyncio.Event) -> None:
@@ -157,16 +201,16 @@ async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event
 async def _leave(config: Config, reservations: Reservations) -> None:
     """Keep or remove the rules, as ``firewall.on_stop`` says, and the sockets of their host ports with them."""
     if config.firewall.on_stop == "keep":
-        log.info("ended; the rules stay (firewall.on_stop: keep)")
+        log.info(Event("stopped", rules="stay", on_stop="keep"))
         return
     for firewall in await every_firewall():
         try:
             await remove_everything(firewall)
         except FirewallError as error:
-            log.error("%s; `ctrport clean` removes them", error)
+            log.error(Event("stopped", rules="left", reason=f"{error}; `ctrport clean` removes them"))
             return
     await reservations.forget()
-    log.info("ended; the rules are removed (firewall.on_stop: remove)")
+    log.info(Event("stopped", rules="removed", on_stop="remove"))
 
 
 async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyncio.Event) -> None:

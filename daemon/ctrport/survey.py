@@ -16,6 +16,7 @@ from . import endpoints, nodeports
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
+from .events import warn_once
 from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
@@ -127,7 +128,7 @@ class Survey:
         found: dict[ContainerKey, Listed | None] = {}
         for key, answer in zip(keys, answers, strict=True):
             if isinstance(answer, Refused):
-                log.warning("container %s cannot be looked at, what was known of it stands: %s", key, answer)
+                warn_once(log, f"container {key} cannot be looked at, what was known of it stands: {answer}")
             elif isinstance(answer, BaseException):
                 raise answer
             else:

@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from . import status
+from .lines import one_line as one_line
 
 FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
@@ -41,15 +42,6 @@ def table(current: status.Status) -> None:
         complain(f"warning: an older configuration is in use: {current.config}")
     for warning in current.warnings:
         complain(f"warning: {warning}")
-
-
-def one_line(text: str) -> str:
-    """Return ``text`` so that it is one line, and nothing in it reaches a terminal as a command.
-
-    Names that a container or a file was given by a stranger are in what is printed: the kernel lets a device be called
-    almost anything, and a file, too.
-    """
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def complain(line: str) -> None:

@@ -213,7 +213,7 @@ def test_with_dockerds_chain_it_says_why_it_does_not_start_and_changes_nothing(b
         assert ctrport.wait() == 1
         [said] = [line for line in ctrport.messages.splitlines() if "somebody else's" in line]
         assert REFUSAL in said
-        assert said.endswith(MEND)
+        assert said.endswith(f'{MEND}"')
         for command in ("plan", "ps"):
             refused = ctrport.run(command, "--config", str(ctrport.config), check=False)
             assert (refused.returncode, refused.stdout) == (1, "")
@@ -258,7 +258,7 @@ def test_dockerd_that_takes_the_chain_of_a_running_daemon_has_it_and_the_daemon_
         assert said.endswith(MEND)
         assert said in ctrport.run("ps").stdout
         assert f"{said}; trying again until it works" in ctrport.messages
-        assert "in line: containerd" not in ctrport.messages.split(said, 1)[1]
+        assert " in-line " not in ctrport.messages.split(said, 1)[1]
         assert _without_cni(node.tables()) == left
         shop = dockerd.run("shop", f"{DOCKERS}:80")
         Server(shop, 80)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
+import time
+from dataclasses import replace
 
 import pytest
 
 from ctrport.chronicle import TELL_SAME, Chronicle
 from ctrport.firewall.drift import Drift
+from ctrport.model import State
 from ctrport.publish import Change
 from ctrport.suspicion import Grounds
 from tests.unit.worlds import active
@@ -30,6 +34,42 @@ def test_what_changes_is_told_and_since_when(caplog: pytest.LogCaptureFixture) -
     assert told(chronicle, caplog, Change(WEB, None)) == ["withdrawn8080:"]
     assert not chronicle.shown(WEB, "", "").since
     assert chronicle.shown(DB, "a remark", "").reason == "a remark"
+
+
+def test_each_change_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    chronicle = Chronicle()
+    held = "host port 8080/tcp is held by default/db"
+    lost = replace(WEB, state=State.CONFLICT, reason=held, bound=None, attachments=())
+    of_pod = replace(active("8080:80", "172.17.0.2", "fd00::2"), pod="shop/web")
+    lines = []
+    for change in (Change(None, lost), Change(lost, WEB), Change(WEB, None), Change(None, of_pod)):
+        told(chronicle, caplog, change)
+        lines += caplog.messages
+    assert lines == [
+        f'conflict container=default/web mapping=8080:80/tcp source=config.yaml:1 reason="{held}"',
+        f'taken-over container=default/web mapping=8080:80/tcp address=172.17.0.2 was="{held}"',
+        "withdrawn container=default/web mapping=8080:80/tcp",
+        "published pod=shop/web sandbox=default/web mapping=8080:80/tcp address=172.17.0.2,fd00::2",
+    ]
+
+
+def test_what_is_to_be_said_of_what_is_published_is_said_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    chronicle = Chronicle()
+    chronicle.take([Change(None, WEB)], since=time.monotonic())
+    chronicle.tell(lambda _: "not reserved: no socket", in_line=True)
+    [line] = caplog.messages
+    assert re.search(r' address=172.17.0.2 remark="not reserved: no socket" after=\d+\.\dms$', line)
+
+
+def test_drift_is_told_with_who_and_how_long(caplog: pytest.LogCaptureFixture) -> None:
+    chronicle = Chronicle()
+    chronicle.repaired(Drift(surplus=1), Grounds(time.monotonic(), ("nft (pid 7)", "x (pid 8)")), 0.0)
+    assert re.fullmatch(
+        r'drift what="too many: 1 rule" by="nft \(pid 7\) or x \(pid 8\)" after=\d+ms', caplog.messages[0]
+    )
+    chronicle.repaired(Drift(surplus=2), Grounds(), time.monotonic() - 7)
+    assert re.fullmatch(r'drift what="too many: 2 rules" within=7s', caplog.messages[1])
 
 
 def test_nothing_is_said_to_be_published_before_the_kernel_has_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,12 @@ from .detect import legacy_tables
 
 
 class Alarm(Protocol):
-    """Tells of each time that others may have changed the tables: who, where that is known, else None."""
+    """Tells of each time that others may have changed the tables: who, where that is known, else None.
+
+    ``how`` says by what it knows, in words for the log.
+    """
+
+    how: str
 
     def __aiter__(self) -> AsyncIterator[Writer | None]: ...
 
@@ -42,6 +47,8 @@ class NftAlarm:
     The kernel numbers processes as the first pid namespace does. In another (a node made of containers) so many commits
     under the name that the writer of ours has are taken for its own.
     """
+
+    how = "the kernel announces changes"
 
     def __init__(self) -> None:
         self._announcements = Announcements()
@@ -77,6 +84,7 @@ class LegacyAlarm:
     """Compares how many rules the legacy tables hold, and of what length, with what they held before."""
 
     def __init__(self, families: Iterable[Family], interval: float) -> None:
+        self.how = f"asked every {interval:g} s"
         self._families = tuple(families)
         self._interval = interval
 
