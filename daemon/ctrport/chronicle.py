@@ -13,6 +13,7 @@ from .model import Publication, State
 from .publish import Change
 from .status import PublicationStatus, shown
 from .suspicion import Grounds
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,12 @@ TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
 class Chronicle:
     """Keeps since when each publication is as it is, and what was repaired.
 
-    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was.
+    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was. ``tally``
+    has how long things took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally | None = None) -> None:
+        self._tally = Tally() if tally is None else tally
         self.repairs = 0
         self.last_repair = ""
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
@@ -68,7 +71,11 @@ class Chronicle:
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
         if publication.state is State.ACTIVE:
-            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
+            took = ""
+            if since is not None:
+                seconds = time.monotonic() - since
+                self._tally.opened.observe(seconds)
+                took = f" after={seconds * 1000:.1f}ms"
             where = ",".join(str(attachment.address) for attachment in publication.attachments)
             log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
             if remark:
@@ -112,13 +119,21 @@ class Chronicle:
         deletes a rule in a loop is another one each time.
         """
         now = time.monotonic()
-        by, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
+        by, gone, lasted, writers = "", f"at most {now - looked_at:.0f} s", now - looked_at, set[str]()
         if drift.in_tables and grounds.since is not None and grounds.writers:
+            lasted = now - grounds.since
             writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
             by = f", by {' or '.join(grounds.writers)}"
-            gone = f"{(now - grounds.since) * 1000:.0f} ms"
+            gone = f"{lasted * 1000:.0f} ms"
         what = (str(drift), *sorted(writers))
         self.repairs += 1
+        self._tally.drift_lasted.observe(lasted)
+        self._tally.drift.update(
+            missing=len(drift.gone),
+            misplaced=len(drift.astray),
+            surplus=drift.surplus,
+            route_localnet=len(drift.switches),
+        )
         self.last_repair = f"{drift}{by}; repaired after {gone}"
         self._told = [(told, at) for told, at in self._told if now < at + TELL_WITHIN]
         if sum(told == what for told, _ in self._told) < TELL_SAME and len(self._told) < TELL_MOST:

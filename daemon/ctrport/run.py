@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, configfiles, status, systemd
-from .config import Config, ConfigError
+from .config import Config, ConfigError, Listen
 from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
@@ -27,6 +27,7 @@ from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler
 from .rules import Layout, Place
 from .survey import Survey
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -73,25 +74,30 @@ async def run(config: Config, path: str, directory: Path) -> None:
     end, reload = asyncio.Event(), asyncio.Event()
     for number, event in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, reload)):
         asyncio.get_running_loop().add_signal_handler(number, event.set)
-    changed = asyncio.Event()
-    reservations = Reservations(0, store=store)
+    changed, changed_for_metrics = asyncio.Event(), asyncio.Event()
+    reservations, tally = Reservations(0, store=store), Tally()
 
     async def prepare(config: Config) -> Ground:
-        return await _ground(config, reservations)
+        return await _ground(config, reservations, tally)
 
-    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+    def on_change() -> None:
+        changed.set()
+        changed_for_metrics.set()
+
+    async with Containerd(config.containerd.address, tally) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
         reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
         if adopted:
             log.info("sockets of host ports that systemd has kept: %d", adopted)
-        reconciler = Reconciler(containerd, survey, ground, prepare, changed.set)
+        reconciler = Reconciler(containerd, survey, ground, prepare, on_change, tally)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),
             asyncio.create_task(_watch_files(path, reload)),
             asyncio.create_task(_keep_current(reconciler, path, reload)),
+            asyncio.create_task(_keep_metrics(reconciler, changed_for_metrics)),
         ]
         ended = asyncio.create_task(end.wait())
         await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +117,7 @@ async def run(config: Config, path: str, directory: Path) -> None:
         status.write(directory, reconciler.status(running=False))
 
 
-async def _ground(config: Config, reservations: Reservations) -> Ground:
+async def _ground(config: Config, reservations: Reservations, tally: Tally) -> Ground:
     """Make ready what a configuration is carried out with."""
     choice = await choose(config.firewall.backend)
     log.info("backend %s: %s", choice.backend, choice.reason)
@@ -120,9 +126,9 @@ async def _ground(config: Config, reservations: Reservations) -> Ground:
     if reservations.limit < config.firewall.reserve_limit:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm)
+    its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
     others = await others_than(choice.backend, shape)
-    return Ground(its, Dataplane(its, shape, reservations, others), alarm)
+    return Ground(its, Dataplane(its, shape, reservations, others, tally), alarm)
 
 
 async def _watch_files(path: str, reload: asyncio.Event) -> None:
@@ -152,6 +158,38 @@ async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event
             again = CONFIG_RETRY  # it may be this process that may open no file, of which nothing is announced
         else:
             reconciler.use(config)
+
+
+async def _keep_metrics(reconciler: Reconciler, changed: asyncio.Event) -> None:
+    """Serve the metrics where the configuration in use says, for as long as it says so."""
+    while True:
+        where = reconciler.config.metrics.listen
+        serving = None if where is None else asyncio.create_task(_serve_metrics(reconciler, where))
+        try:
+            while reconciler.config.metrics.listen == where:
+                await changed.wait()
+                changed.clear()
+        finally:
+            if serving is not None:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+        if serving is not None:
+            log.info("metrics are served at %s no more", where)
+
+
+async def _serve_metrics(reconciler: Reconciler, where: Listen) -> None:
+    # Here, as most nodes do without.
+    from .exposition import Exposition
+    from .metrics import CONTENT_TYPE
+    from .scrapes import Scrapes
+
+    exposition = Exposition(reconciler.reading, reconciler.counts)
+    try:
+        await Scrapes(exposition.text, CONTENT_TYPE).serve(where)
+    except Exception:
+        log.exception("metrics are served no more")
+    finally:
+        await exposition.close()
 
 
 async def _leave(config: Config, reservations: Reservations) -> None:
