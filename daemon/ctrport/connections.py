@@ -7,23 +7,21 @@ is counted together, from when this was first told of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from .model import Family, Publication
 
 #: How many series there are at most, beside that of the rest.
 SERIES = 1000
 
-#: A family, and the owner of the rules that are counted.
-Key = tuple[Family, str]
-
 
 @dataclass(frozen=True)
 class Counts:
-    """What the kernel has counted for each family and owner, and what is published by owner."""
+    """What the kernel has counted by family and owner, and what is published by owner."""
 
-    connections: Mapping[Key, int]
+    connections: Mapping[Family, Mapping[str, int]]
     published: Mapping[str, Publication]
 
 
@@ -64,33 +62,34 @@ class Connections:
 
     def __init__(self, most: int = SERIES) -> None:
         self._most = most
-        self._named: dict[Key, Labels] = {}
-        self._last: Mapping[Key, int] | None = None
+        self._named: dict[tuple[Family, str], Labels] = {}
+        self._last: Mapping[Family, Mapping[str, int]] | None = None
         self.rest = 0
         self.left_out = 0
 
     def take(self, seen: Counts) -> None:
         """Take in what the kernel has counted by now."""
-        counts, published = seen.connections, seen.published
-        before, self._last = self._last, counts
-        named: dict[Key, Labels] = {}
-        for key in (*self._named, *counts):
-            if len(named) == self._most:
-                break
-            if key in counts and key not in named and key[1] in published:
-                named[key] = Labels.of(published[key[1]], key[0])
-        for key, count in counts.items():
-            # What was there when it was first looked is no news. Less than before: the rules are others by now.
-            known = count if before is None else before.get(key, 0)
-            if key not in named:
-                self.rest += count - known if count >= known else count
-        self._named = named
-        self.left_out = len(counts) - len(named)
+        before, self._last = self._last, seen.connections
+        self._named = dict(islice(self._due(seen), self._most))
+        for family, counts in seen.connections.items():
+            known = before.get(family, {}) if before is not None else counts  # what was there before is no news
+            for owner, count in counts.items():
+                if (family, owner) not in self._named:
+                    last = known.get(owner, 0)
+                    self.rest += count - last if count >= last else count  # less than before: its rules are others
+        self.left_out = sum(map(len, seen.connections.values())) - len(self._named)
+
+    def _due(self, seen: Counts) -> Iterator[tuple[tuple[Family, str], Labels]]:
+        """Yield who may have a series: first those that have one."""
+        everybody = ((family, owner) for family, counts in seen.connections.items() for owner in counts)
+        for family, owner in chain(self._named, (key for key in everybody if key not in self._named)):
+            if owner in seen.published and owner in seen.connections.get(family, ()):
+                yield (family, owner), Labels.of(seen.published[owner], family)
 
     @property
     def series(self) -> dict[Labels, int]:
         """The connections of each that has a series."""
         found: dict[Labels, int] = {}
-        for key, labels in self._named.items():
-            found[labels] = found.get(labels, 0) + (self._last or {})[key]
+        for (family, owner), labels in self._named.items():
+            found[labels] = found.get(labels, 0) + (self._last or {})[family][owner]
         return found

@@ -255,10 +255,10 @@ class Dataplane:
 
     async def counts(self) -> Counts | None:
         """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
-        found: dict[tuple[Family, str], int] = {}
+        found = dict[Family, dict[str, int]]()
         try:
             for family, firewall in self._firewalls.items():
-                found |= {(family, its): count.packets for its, count in (await firewall.counters()).items()}
+                found[family] = {its: count.packets for its, count in (await firewall.counters()).items()}
         except FirewallError as error:
             log.debug("connections cannot be counted, what was known of them stands: %s", error)
             return None

@@ -19,7 +19,7 @@ WEB, DB, DNS = active("8080:80"), active("9000:90", name="db"), active("127.0.0.
 def counts(*seen: tuple[Publication, int], published: Sequence[Publication] | None = None) -> Counts:
     known = [publication for publication, _ in seen] if published is None else published
     return Counts(
-        {(Family.IPV4, owner_of(publication)): count for publication, count in seen},
+        {Family.IPV4: {owner_of(publication): count for publication, count in seen}},
         {owner_of(publication): publication for publication in known},
     )
 
@@ -48,7 +48,7 @@ def test_the_kernels_own_numbers_are_shown() -> None:
 def test_families_are_counted_apart() -> None:
     connections = Connections()
     owner = owner_of(WEB)
-    connections.take(Counts({(Family.IPV4, owner): 3, (Family.IPV6, owner): 5}, {owner: WEB}))
+    connections.take(Counts({Family.IPV4: {owner: 3}, Family.IPV6: {owner: 5}}, {owner: WEB}))
     assert {labels.family: count for labels, count in connections.series.items()} == {"ipv4": 3, "ipv6": 5}
 
 

@@ -447,7 +447,7 @@ def test_connections_are_the_kernels_by_family_and_owner(ground: Ground, monkeyp
         counts = await dataplane.counts()
         assert counts is not None
         assert counts.published == {owner_of(WEB): WEB, owner_of(DB): DB}
-        assert counts.connections == {(Family.IPV4, owner_of(WEB)): 7, (Family.IPV4, owner_of(DB)): 0}
+        assert counts.connections == {Family.IPV4: {owner_of(WEB): 7, owner_of(DB): 0}}
         await dataplane.follow(went(WEB), NODE)
         assert len(counts.published) == 2  # as it was then
 

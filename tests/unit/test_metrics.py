@@ -65,7 +65,7 @@ def samples(text: bytes) -> dict[str, float]:
 
 
 def seen(count: int = 9) -> Counts:
-    return Counts({(Family.IPV4, OWNER): count}, {OWNER: WEB})
+    return Counts({Family.IPV4: {OWNER: count}}, {OWNER: WEB})
 
 
 def test_every_number_is_told_as_it_is() -> None:
@@ -156,7 +156,7 @@ def test_before_anything_was_counted_there_is_no_age() -> None:
 def test_no_name_of_a_stranger_breaks_the_text(name: str) -> None:
     pod = replace(WEB, pod=name)
     connections = Connections()
-    connections.take(Counts({(Family.IPV4, OWNER): 5}, {OWNER: pod}))
+    connections.take(Counts({Family.IPV4: {OWNER: 5}}, {OWNER: pod}))
     text = render(reading(), connections, 0.0).decode()
     [line] = [line for line in text.split("\n") if line.startswith("ctrport_mapping_connections_total{")]
     assert line.endswith("} 5.0")

@@ -79,7 +79,7 @@ class LegacyTables:
 
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """See ``Kernel.counts``."""
-        return counts(await self._saved(table, "-c"), chain)
+        return await asyncio.to_thread(counts, await self._saved(table, "-c"), chain)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
