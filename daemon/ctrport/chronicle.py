@@ -14,6 +14,7 @@ from .model import Publication, State
 from .publish import Change
 from .status import PublicationStatus, shown
 from .suspicion import Grounds
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,12 @@ TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
 class Chronicle:
     """Keeps since when each publication is as it is, and what was repaired.
 
-    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was.
+    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was. ``tally``
+    has how long things took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally | None = None) -> None:
+        self._tally = Tally() if tally is None else tally
         self.repairs = 0
         self.last_repair = ""
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
@@ -70,6 +73,9 @@ class Chronicle:
             self._since[key] = datetime.now(timezone.utc)
         if publication.state is State.ACTIVE:
             fell_free = change.before is not None and change.before.state is State.CONFLICT
+            took = None if since is None else time.monotonic() - since
+            if took is not None:
+                self._tally.opened.observe(took)
             event = Event(
                 "taken-over" if fell_free else "published",
                 **_subject(publication),
@@ -77,7 +83,7 @@ class Chronicle:
                 address=",".join(str(attachment.address) for attachment in publication.attachments),
                 was=change.before.reason if change.before is not None and fell_free else "",
                 remark=remark,
-                after="" if since is None else f"{(time.monotonic() - since) * 1000:.1f}ms",
+                after="" if took is None else f"{took * 1000:.1f}ms",
             )
             log.info(event)
         else:
@@ -121,14 +127,22 @@ class Chronicle:
         """
         now = time.monotonic()
         event = Event("drift", what=str(drift), within=f"{now - looked_at:.0f}s")
-        said, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
+        said, gone, lasted, writers = "", f"at most {now - looked_at:.0f} s", now - looked_at, set[str]()
         if drift.in_tables and grounds.since is not None and grounds.writers:
+            lasted = now - grounds.since
             writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
-            by, took = " or ".join(grounds.writers), (now - grounds.since) * 1000
-            event = Event("drift", what=str(drift), by=by, after=f"{took:.0f}ms")
-            said, gone = f", by {by}", f"{took:.0f} ms"
+            by = " or ".join(grounds.writers)
+            event = Event("drift", what=str(drift), by=by, after=f"{lasted * 1000:.0f}ms")
+            said, gone = f", by {by}", f"{lasted * 1000:.0f} ms"
         what = (str(drift), *sorted(writers))
         self.repairs += 1
+        self._tally.drift_lasted.observe(lasted)
+        self._tally.drift.update(
+            missing=len(drift.gone),
+            misplaced=len(drift.astray),
+            surplus=drift.surplus,
+            route_localnet=len(drift.switches),
+        )
         self.last_repair = f"{drift}{said}; repaired after {gone}"
         self._told = [(told, at) for told, at in self._told if now < at + TELL_WITHIN]
         if sum(told == what for told, _ in self._told) < TELL_SAME and len(self._told) < TELL_MOST:

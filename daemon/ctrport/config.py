@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
@@ -19,7 +19,18 @@ from . import ports
 from .claims import Claims
 from .declared import Kind, Permission
 from .document import NOTHING, REPORTED, Absent, Document, Location
-from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector, is_identifier
+from .model import (
+    DEVICE_NAME,
+    Access,
+    Address,
+    Declaration,
+    Mapping,
+    PodSelector,
+    PortRange,
+    Protocol,
+    Selector,
+    is_identifier,
+)
 from .ports import PortSpecError, quoted
 
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
@@ -35,6 +46,9 @@ LONGEST_POLL = 60
 
 #: Among host ports: any that is free, where a container names none.
 FREE = "free"
+
+#: Of ``metrics.listen``: nowhere. No word that YAML has another meaning for, as it has for "off".
+NOWHERE = "none"
 
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
@@ -179,6 +193,38 @@ def _glob(text: str) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen: on one address of the node, or on all of its family, at a port."""
+
+    address: Address
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{host}:{self.port}"
+
+
+def _listen(text: object) -> Listen | None:
+    if text == NOWHERE:
+        return None
+    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
+    if not colon:
+        raise ValueError
+    if re.fullmatch(r"[1-9][0-9]{0,4}", port) is None or int(port) > 65535:
+        raise ValueError(", which ends in no port from 1 to 65535")
+    bare = host[1:-1] if host[:1] + host[-1:] == "[]" else host
+    if "%" in bare:
+        raise ValueError(", with a zone, which is not taken here")
+    try:
+        address = ip_address(bare)
+    except ValueError:
+        raise ValueError(", which has no address: names are not looked up") from None
+    if (address.version == 6) != (bare != host):
+        raise ValueError(", and IPv6 addresses alone stand in brackets")
+    return Listen(address, int(port))
+
+
 # The schema. Pydantic reads it off these dataclasses, so that types, defaults and checks stand in one place.
 
 
@@ -208,6 +254,13 @@ class Firewall(_Closed):
     reserve_limit: Annotated[int, BeforeValidator(_count)] = 4096
     poll_interval: Annotated[int, BeforeValidator(_seconds)] = 10
     on_stop: OnStop = "keep"
+
+
+@dataclass(frozen=True)
+class Metrics(_Closed):
+    """Where the metrics are served; None is nowhere."""
+
+    listen: Annotated[Listen | None, BeforeValidator(_listen)] = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +322,7 @@ class _Permission(_Closed):
 class _File(_Closed):
     containerd: Containerd = Containerd()
     firewall: Firewall = Firewall()
+    metrics: Metrics = Metrics()
     networks: tuple[_Network, ...] = ()
     publish: tuple[_Entry, ...] = ()
     containers_may_publish: tuple[_Permission, ...] = ()
@@ -279,7 +333,7 @@ _SCHEMA = TypeAdapter(_File)
 #: What is expected at each place of the schema; also the one list of the keys there are.
 _EXPECTED = {
     "": (
-        "a mapping with the keys containerd, firewall, networks, publish and containers_may_publish, "
+        "a mapping with the keys containerd, firewall, metrics, networks, publish and containers_may_publish, "
         "each of which may be left out"
     ),
     "containerd": "a mapping with address and namespaces, or the key left out",
@@ -298,6 +352,8 @@ _EXPECTED = {
     "firewall.reserve_limit": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
     "firewall.poll_interval": f"a number of seconds from 1 to {LONGEST_POLL}, in plain digits",
     "firewall.on_stop": "keep or remove",
+    "metrics": "a mapping with listen, or the key left out",
+    "metrics.listen": "none, or an address and a port, such as 127.0.0.1:9477 or [::1]:9477",
     "networks": "a list of bridges to run the Docker way, such as [{bridge: docker0}], or [] for none",
     "networks[]": "a mapping with bridge",
     "networks[].bridge": "the name of a bridge, such as docker0",
@@ -345,6 +401,7 @@ class Config:
     publish: tuple[Declaration, ...] = ()
     networks: tuple[str, ...] = ()
     containers_may_publish: tuple[Permission, ...] = ()
+    metrics: Metrics = Metrics()
 
     @property
     def reads_annotations(self) -> bool:
@@ -380,6 +437,7 @@ def parse(text: str, name: str, parts: Iterable[tuple[str, str]] = ()) -> Config
     return Config(
         *(file.containerd, file.firewall, tuple(declarations), tuple(each.bridge for each in file.networks)),
         containers_may_publish=tuple(permissions),
+        metrics=file.metrics,
     )
 
 
@@ -396,7 +454,9 @@ def _read(
             for fault in error.errors(include_url=False):
                 _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
     if part and isinstance(document.content, dict):
-        for key in sorted(document.content.keys() & {"containerd", "firewall", "networks", "containers_may_publish"}):
+        for key in sorted(
+            document.content.keys() & {"containerd", "firewall", "metrics", "networks", "containers_may_publish"}
+        ):
             position = document.position((key,), key=True)
             document.fault(position, f"`{key}` is set in the main file alone; expected nothing but publish here")
     seen: dict[str, int] = {}

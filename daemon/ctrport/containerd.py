@@ -53,6 +53,7 @@ from .api import (
 from .declared import NAME
 from .events import warn_once
 from .model import ContainerKey, is_identifier
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 # Its Python side logs a traceback for what it also reports, and at debug level a line for each call.
@@ -99,6 +100,9 @@ _PAYLOADS: dict[str, type[_Payload]] = {
     "/containers/update": payloads_pb2.ContainerUpdate,
     "/containers/delete": payloads_pb2.ContainerDelete,
 }
+
+#: What containers' events are about.
+TOPICS = tuple(_PAYLOADS)
 
 #: The states in which a task has its network, and with it its mappings.
 _LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
@@ -167,9 +171,10 @@ class Containerd:
 
     _channel: grpc.aio.Channel
 
-    def __init__(self, address: str) -> None:
-        """``address`` is the path of containerd's unix socket; it need not be there yet."""
+    def __init__(self, address: str, tally: Tally | None = None) -> None:
+        """``address`` is the path of containerd's unix socket; it need not be there yet. ``tally`` has what fails."""
         self.address = address
+        self._tally = Tally() if tally is None else tally
 
     async def __aenter__(self) -> Containerd:
         channel = grpc.aio.insecure_channel(f"unix:{quote(self.address)}", options=CHANNEL_OPTIONS)
@@ -260,7 +265,7 @@ class Containerd:
         request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*_PAYLOADS, mark)])
         call = self._subscribe(request)
         try:
-            events = _Events(call, self.address)
+            events = _Events(call, self.address, self._tally)
             await self._established(events, mark)
             yield events
         finally:
@@ -329,7 +334,7 @@ class Containerd:
         request = containers_pb2.ListContainersRequest()
         call = self._containers(request, timeout=DEADLINE, metadata=_metadata(namespace))
         try:
-            with _errors(self.address, DEADLINE):
+            with _errors(self.address, DEADLINE, self._tally):
                 while (message := await call.read()) is not grpc.aio.EOF:
                     # gRPC gives None for a message that cannot be decoded; one such must not hide the others.
                     if not isinstance(message, containers_pb2.ListContainerMessage):
@@ -374,7 +379,7 @@ class Containerd:
         deadline: float = DEADLINE,
     ) -> Response:
         metadata = _metadata(namespace) if namespace is not None else None
-        with _errors(self.address, deadline):
+        with _errors(self.address, deadline, self._tally):
             response = await method(request, timeout=deadline, metadata=metadata)
         if response is None:
             raise Refused(f"containerd at {self.address} sent an answer that cannot be decoded")
@@ -385,10 +390,14 @@ class _Events(AsyncIterator[TaskEvent]):
     """The events of one subscription, for one reader. It never ends but by an error."""
 
     def __init__(
-        self, call: grpc.aio.UnaryStreamCall[events_pb2.SubscribeRequest, events_pb2.Envelope], address: str
+        self,
+        call: grpc.aio.UnaryStreamCall[events_pb2.SubscribeRequest, events_pb2.Envelope],
+        address: str,
+        tally: Tally,
     ) -> None:
         self._call = call
         self._address = address
+        self._tally = tally
         self._pending: collections.deque[TaskEvent] = collections.deque()
 
     async def __anext__(self) -> TaskEvent:
@@ -408,7 +417,7 @@ class _Events(AsyncIterator[TaskEvent]):
 
     async def _envelope(self) -> events_pb2.Envelope | None:
         """Return the next event, or None for one that cannot be decoded."""
-        with _errors(self._address, DEADLINE):
+        with _errors(self._address, DEADLINE, self._tally):
             envelope = await self._call.read()
         if envelope is grpc.aio.EOF:
             raise Unavailable(f"containerd at {self._address} ended the stream of events")
@@ -416,11 +425,14 @@ class _Events(AsyncIterator[TaskEvent]):
 
 
 @contextlib.contextmanager
-def _errors(address: str, deadline: float) -> Iterator[None]:
+def _errors(address: str, deadline: float, tally: Tally) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise rpc_error(address, error.code(), error.details() or "", deadline) from error
+        failed = rpc_error(address, error.code(), error.details() or "", deadline)
+        if not isinstance(failed, NotFound):  # which is an answer
+            tally.call_errors[type(failed).__name__.lower()] += 1
+        raise failed from error
 
 
 def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float) -> ContainerdError:

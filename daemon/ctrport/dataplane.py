@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
 from . import hairpin, localnet
+from .connections import Counts
 from .firewall import Firewall, FirewallError, Refused
 from .firewall.drift import Drift, drift
 from .firewall.plan import Plan
@@ -36,6 +38,7 @@ from .rules import (
     rules_for,
     skeleton,
 )
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ class Dataplane:
     the plans that were written. ``complaint`` is what could not be done though the rules are right. ``others`` are
     tables that are to hold nothing of ours, and may: another backend's. ``chosen`` are the host ports that an earlier
     run chose, once it has looked; several for one mapping where two declarations ask for it and differ in who may reach
-    it.
+    it. ``tally`` has what writing took.
     """
 
     def __init__(
@@ -75,7 +78,9 @@ class Dataplane:
         layout: Layout,
         reservations: Reservations | None = None,
         others: Sequence[Firewall] = (),
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = Tally() if tally is None else tally
         self._firewalls = dict(firewalls)
         self._others = tuple(others)
         self._layout = layout
@@ -89,7 +94,7 @@ class Dataplane:
         self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
         self._hairpins_ours: set[str] = set()
         self._localnet_ours: dict[str, bool] = {}
-        self._flows = StaleFlows(self._complain)
+        self._flows = StaleFlows(self._complain, self._tally)
         self.complaint = ""
         self.chosen: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
         self.in_line = False
@@ -238,6 +243,27 @@ class Dataplane:
         on = [record.device for record in wanted if not _is_on(record.device)]
         return Transition(plans, off, on, self._hairpins_due(self._active.values()))
 
+    @property
+    def held_ports(self) -> tuple[int, int]:
+        """How many host ports are held by sockets, and how many may be."""
+        return self._holdings.held
+
+    @property
+    def unreserved(self) -> int:
+        """How many publications have not all of their host ports held."""
+        return self._holdings.unreserved
+
+    async def counts(self) -> Counts | None:
+        """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
+        found = dict[Family, dict[str, int]]()
+        try:
+            for family, firewall in self._firewalls.items():
+                found[family] = {its: count.packets for its, count in (await firewall.counters()).items()}
+        except FirewallError as error:
+            log.debug("connections cannot be counted, what was known of them stands: %s", error)
+            return None
+        return Counts(found, dict(self._active))
+
     async def prepare(self) -> None:
         """Make ready for the next change, while there is time."""
         for firewall in self._firewalls.values():
@@ -293,12 +319,24 @@ class Dataplane:
     async def _write(self, transition: Transition) -> None:
         for device in transition.localnet_off:
             _switch(device, False)
-        for firewall, plan in transition.plans:
+        for family, (firewall, plan) in zip(self._firewalls, transition.plans, strict=True):
             self.transactions += bool(plan)
-            await firewall.apply(plan)
+            with self._counted(family) if plan else contextlib.nullcontext():
+                await firewall.apply(plan)
         for device in transition.localnet_on:
             _switch(device, True)
         self._holdings.leave_vacated(self._active)
+
+    @contextlib.contextmanager
+    def _counted(self, family: Family) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except FirewallError:
+            self._tally.write_errors[family] += 1
+            raise
+        finally:
+            self._tally.writes[family].observe(time.monotonic() - began)
 
     def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
         """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""

@@ -124,6 +124,9 @@ class Publications:
     Tell it of containers with ``update``, of the node with ``learn`` and of sockets that hold ports with ``meet``;
     ``settle`` then returns what changed. ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8
     may be published on; ``permissions`` say what containers may publish that declare it themselves.
+
+    ``unmatched`` is how many of them no running container matches, ``starved`` how many take any free host port, or any
+    of a pool, and find none.
     """
 
     def __init__(
@@ -155,6 +158,7 @@ class Publications:
         self._ring = Ring()
         self._published: dict[_Key, Publication] = {}
         self._counts: Counter[State] = Counter()
+        self.unmatched, self.starved = 0, 0
         self._before: dict[_Key, Publication | None] = {}
         for index in range(len(self._declarations)):
             self._put_unmatched(index)
@@ -497,13 +501,20 @@ class Publications:
         key: _Key = (publication.container or publication.source, publication.asked, publication.access)
         self._remove(key)
         self._published[key] = publication
-        self._counts[publication.state] += 1
+        self._count(publication, 1)
 
     def _remove(self, key: _Key) -> None:
         old = self._published.pop(key, None)
         self._before.setdefault(key, old)
         if old is not None:
-            self._counts[old.state] -= 1
+            self._count(old, -1)
+
+    def _count(self, publication: Publication, by: int) -> None:
+        self._counts[publication.state] += by
+        if publication.container is None:
+            self.unmatched += by
+        elif publication.state is State.CONFLICT and publication.mapping.dynamic:
+            self.starved += by  # what is to be chosen is in conflict with nobody in particular
 
 
 _PRINTABLE = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")

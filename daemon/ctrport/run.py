@@ -7,12 +7,13 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import __version__, configfiles, neighbours, status, systemd
-from .config import Config, ConfigError
+from .config import Config, ConfigError, Listen
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
@@ -28,6 +29,7 @@ from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler
 from .rules import Layout, Place
 from .survey import Survey
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ log = logging.getLogger(__name__)
 STATUS_PAUSE, STATUS_RETRY = 0.2, 2.0
 #: Seconds until a configuration that could not be read is tried again.
 CONFIG_RETRY = 5.0
+
+#: Seconds after which one of two busy threads makes way for the other.
+SWITCHING = 0.0005
 
 _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 
@@ -89,31 +94,36 @@ async def _run(config: Config, path: str, directory: Path) -> None:
     end, reload = asyncio.Event(), asyncio.Event()
     for number, event in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, reload)):
         asyncio.get_running_loop().add_signal_handler(number, event.set)
-    changed = asyncio.Event()
-    reservations = Reservations(0, store=store)
+    changed, changed_for_metrics = asyncio.Event(), asyncio.Event()
+    reservations, tally = Reservations(0, store=store), Tally()
     told = ""
 
     async def prepare(config: Config) -> Ground:
         nonlocal told
-        ground, found = await _ground(config, reservations)
+        ground, found = await _ground(config, reservations, tally)
         if str(found) != told:  # or a reload would say it each time
             log.info(found)
         told = str(found)
         return ground
 
-    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+    def on_change() -> None:
+        changed.set()
+        changed_for_metrics.set()
+
+    async with Containerd(config.containerd.address, tally) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
         reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
         log.info(Event("host-ports", limit=reservations.limit, kept=adopted))
         log.info(Event("neighbours", **(neighbours.found() or {"found": "none"})))
-        reconciler = Reconciler(containerd, survey, ground, prepare, changed.set)
+        reconciler = Reconciler(containerd, survey, ground, prepare, on_change, tally)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),
             asyncio.create_task(_watch_files(path, reload)),
             asyncio.create_task(_keep_current(reconciler, path, reload)),
+            asyncio.create_task(_keep_metrics(reconciler, changed_for_metrics)),
         ]
         ended = asyncio.create_task(end.wait())
         await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -145,7 +155,7 @@ def _declared(config: Config, path: str) -> Event:
     )
 
 
-async def _ground(config: Config, reservations: Reservations) -> tuple[Ground, Event]:
+async def _ground(config: Config, reservations: Reservations, tally: Tally) -> tuple[Ground, Event]:
     """Make ready what a configuration is carried out with; return what there is to say of it, too."""
     choice = await choose(config.firewall.backend)
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
@@ -153,7 +163,7 @@ async def _ground(config: Config, reservations: Reservations) -> tuple[Ground, E
     if reservations.limit < config.firewall.reserve_limit:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm)
+    its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
     others = await others_than(choice.backend, shape)
     found = Event(
         "firewall",
@@ -166,7 +176,7 @@ async def _ground(config: Config, reservations: Reservations) -> tuple[Ground, E
         masquerade=config.firewall.masquerade,
         alarm="none: looked at once a minute" if alarm is None else alarm.how,
     )
-    return Ground(its, Dataplane(its, shape, reservations, others), alarm), found
+    return Ground(its, Dataplane(its, shape, reservations, others, tally), alarm), found
 
 
 async def _watch_files(path: str, reload: asyncio.Event) -> None:
@@ -196,6 +206,40 @@ async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event
             again = CONFIG_RETRY  # it may be this process that may open no file, of which nothing is announced
         else:
             reconciler.use(config)
+
+
+async def _keep_metrics(reconciler: Reconciler, changed: asyncio.Event) -> None:
+    """Serve the metrics where the configuration in use says, for as long as it says so."""
+    while True:
+        where = reconciler.config.metrics.listen
+        serving = None if where is None else asyncio.create_task(_serve_metrics(reconciler, where))
+        try:
+            while reconciler.config.metrics.listen == where:
+                await changed.wait()
+                changed.clear()
+        finally:
+            if serving is not None:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+        if serving is not None:
+            log.info("metrics are served at %s no more", where)
+
+
+async def _serve_metrics(reconciler: Reconciler, where: Listen) -> None:
+    # Here, as most nodes do without.
+    from .exposition import Exposition
+    from .metrics import CONTENT_TYPE
+    from .scrapes import Scrapes
+
+    # The text is made on another thread. By default the loop would wait 5 ms each time that it wants to go on.
+    sys.setswitchinterval(SWITCHING)
+    exposition = Exposition(reconciler.reading, reconciler.counts)
+    try:
+        await Scrapes(exposition.text, CONTENT_TYPE).serve(where)
+    except Exception:
+        log.exception("metrics are served no more")
+    finally:
+        await exposition.close()
 
 
 async def _leave(config: Config, reservations: Reservations) -> None:

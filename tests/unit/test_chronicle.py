@@ -13,7 +13,9 @@ from ctrport.chronicle import TELL_SAME, Chronicle
 from ctrport.firewall.drift import Drift
 from ctrport.model import State
 from ctrport.publish import Change
+from ctrport.rules import Layout, rules_for
 from ctrport.suspicion import Grounds
+from ctrport.tally import Tally
 from tests.unit.worlds import active
 
 WEB, DB = active("8080:80"), active("9000:90", "172.17.0.3", name="db")
@@ -85,6 +87,30 @@ def test_nothing_is_said_to_be_published_before_the_kernel_has_it(caplog: pytest
     assert told(chronicle, caplog, Change(other, None), in_line=False) == []
     assert told(chronicle, caplog, Change(WEB, None), in_line=False) == []
     assert told(chronicle, caplog) == ["withdrawn8080:"]
+
+
+def test_how_long_it_took_is_counted_once_it_is_open() -> None:
+    tally = Tally()
+    chronicle = Chronicle(tally)
+    chronicle.take([Change(None, WEB)], time.monotonic() - 0.3)
+    chronicle.tell(lambda _: "", in_line=False)
+    assert tally.opened.count == 0
+    chronicle.tell(lambda _: "", in_line=True)
+    assert tally.opened.count == 1
+    assert 0.3 <= tally.opened.sum < 10
+    chronicle.take([Change(WEB, None), Change(None, DB)], None)  # of no event: found when all was listed
+    chronicle.tell(lambda _: "", in_line=True)
+    assert tally.opened.count == 1
+
+
+def test_what_was_repaired_is_counted_with_how_long_it_was_so() -> None:
+    tally, rule = Tally(), rules_for(WEB, Layout())[0]
+    chronicle, now = Chronicle(tally), time.monotonic()
+    chronicle.repaired(Drift((rule,), ("a", "b"), 3), Grounds(now - 0.2, ("nft (pid 7)",)), now - 50)
+    chronicle.repaired(Drift(switches=("docker0",)), Grounds(), now - 50)
+    assert tally.drift == {"missing": 1, "misplaced": 2, "surplus": 3, "route_localnet": 1}
+    assert 50.2 <= tally.drift_lasted.sum < 60
+    assert chronicle.repairs == tally.drift_lasted.count == 2
 
 
 def test_where_all_begins_anew_only_what_differs_is_told(caplog: pytest.LogCaptureFixture) -> None:

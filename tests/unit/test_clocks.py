@@ -17,7 +17,13 @@ WALL = {
     "date": {"today", "fromtimestamp"},
 }
 #: Where it is asked, and what for: to be shown.
-SHOWN = {("chronicle.py", "_note"), ("events.py", "moment"), ("reconcile.py", "status")}
+SHOWN = {
+    ("chronicle.py", "_note"),
+    ("events.py", "moment"),
+    ("reconcile.py", "status"),
+    ("reconcile.py", "__init__"),
+    ("reconcile.py", "_reloaded"),
+}
 
 
 def asked(source: str) -> Iterator[str]:

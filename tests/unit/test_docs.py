@@ -97,7 +97,7 @@ def test_configurations_are_taken(page: Path) -> None:
 def test_the_configuration_in_the_readme_says_the_defaults() -> None:
     everything = next(code for language, code in _FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
     assert config.parse(everything, "README.md") == config.parse("", "")
-    for section in (config.Containerd, config.Firewall):
+    for section in (config.Containerd, config.Firewall, config.Metrics):
         for key in section.__dataclass_fields__:
             assert f"  {key}: " in everything
 

@@ -160,6 +160,9 @@ def test_states_are_counted_as_they_are(declarations: list[Declaration], told: l
     publications.settle()
     states = [publication.state for publication in publications]
     assert {state: publications.count(state) for state in State} == {state: states.count(state) for state in State}
+    assert publications.unmatched == sum(publication.container is None for publication in publications)
+    reasons = [publication.reason for publication in publications]
+    assert publications.starved == sum("free host port" in reason for reason in reasons)
 
 
 def states(publications: Publications) -> dict[str, State]:

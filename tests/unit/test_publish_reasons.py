@@ -153,6 +153,7 @@ def test_what_another_answers_on_is_taken_up_when_he_leaves() -> None:
     publications.update(key("web"), candidate("web"))
     publications.settle()
     assert publications.count(State.CONFLICT) == 1
+    assert publications.starved == 0  # there are others
     publications.learn(FACTS)
     [change] = publications.settle()
     assert change.after is not None

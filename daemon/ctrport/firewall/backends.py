@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..model import Family
 from ..rules import Layout
@@ -13,18 +13,26 @@ from .iptables_legacy import LegacyTables
 from .iptables_nft import NftCommands
 from .tables import Tables
 
+#: Told how many seconds a write waited for a lock.
+Waited = Callable[[float], None]
 
-async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> dict[Family, Firewall]:
-    """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it."""
-    return firewalls_of(await families(backend), its, backend, alarm)
+
+async def firewalls(
+    its: Layout, backend: str, alarm: Alarm | None = None, waited: Waited = lambda _: None
+) -> dict[Family, Firewall]:
+    """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it.
+
+    ``waited`` is told of each write, where there is a lock to wait for.
+    """
+    return firewalls_of(await families(backend), its, backend, alarm, waited)
 
 
 def firewalls_of(
-    served: Iterable[Family], its: Layout, backend: str, alarm: Alarm | None = None
+    served: Iterable[Family], its: Layout, backend: str, alarm: Alarm | None = None, waited: Waited = lambda _: None
 ) -> dict[Family, Firewall]:
     """Return what writes the rules of these families; see ``firewalls``. Asks nothing of the node."""
     if backend == LegacyTables.name:
-        return {family: Tables(LegacyTables(family), its) for family in served}
+        return {family: Tables(LegacyTables(family, waited=waited), its) for family in served}
     announce = (alarm.disregard,) if alarm is not None else ()
     return {family: Tables(NftCommands(family, *announce), its) for family in served}
 

@@ -14,8 +14,9 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..model import Count, Family
 from ..rules import Table
@@ -35,7 +36,8 @@ TIMEOUT_EACH = 0.02
 class LegacyTables:
     """Implements ``Kernel`` with the legacy tables of the network namespace that it is first used in.
 
-    ``worker`` is the program to write with, which takes the family's number.
+    ``worker`` is the program to write with, which takes the family's number. ``waited`` is told how many seconds each
+    write had to wait for the lock.
     """
 
     name = "iptables-legacy"
@@ -45,8 +47,10 @@ class LegacyTables:
         family: Family = Family.IPV4,
         worker: Sequence[str] = (sys.executable, "-m", "ctrport.firewall.legacy_worker"),
         timeout: float = TIMEOUT,
+        waited: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.family = family
+        self._waited = waited
         self._save = "iptables-legacy-save" if family is Family.IPV4 else "ip6tables-legacy-save"
         self._worker = _Worker((*worker, str(family.value)))
         self._timeout = timeout
@@ -75,7 +79,7 @@ class LegacyTables:
 
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """See ``Kernel.counts``."""
-        return counts(await self._saved(table, "-c"), chain)
+        return await asyncio.to_thread(counts, await self._saved(table, "-c"), chain)
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
@@ -109,6 +113,7 @@ class LegacyTables:
         request = await asyncio.to_thread(_request, plan, self.family)
         operations = sum(len(block.ops) for block in plan.blocks)
         answer = await self._worker.ask(request, self._timeout + TIMEOUT_EACH * operations)
+        self._waited(answer["waited"])
         if answer["error"]:
             kind = Unusable if answer["unusable"] else Refused if answer["changed"] else FirewallError
             raise kind(f"the rules could not be written: {answer['error']}")
@@ -143,7 +148,7 @@ class _Worker:
             raise FirewallError(f"the worker for legacy tables could not be started: {error.strerror}") from error
         return self._process
 
-    async def ask(self, line: str, timeout: float) -> dict[str, str]:
+    async def ask(self, line: str, timeout: float) -> dict[str, Any]:
         """Return what it answers. Raises ``FirewallError``, and ends it, where it does not."""
         process = await self.start()
         assert process.stdin is not None
@@ -162,7 +167,7 @@ class _Worker:
                 await self.end()
         if not answered:
             raise FirewallError(f"the worker for legacy tables ended: {_manner(process.returncode)}")
-        answer: dict[str, str] = json.loads(said)
+        answer: dict[str, Any] = json.loads(said)
         return answer
 
     async def end(self) -> None:

@@ -6,6 +6,7 @@ asks nf_tables itself. The text that is written is ``text.restore_input`` of a p
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
@@ -60,6 +61,9 @@ class NftCommands:
 
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """See ``Kernel.counts``."""
+        return await asyncio.to_thread(self._counts, table, chain)
+
+    def _counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         tagged = ((comment(rule), rule) for rule in self._rules(table, chain) or ())
         return [(its, Count(*counted(rule))) for its, rule in tagged if its is not None and TAG.fullmatch(its)]
 

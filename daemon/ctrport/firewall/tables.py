@@ -36,7 +36,10 @@ class Kernel(Protocol):
         ...
 
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
-        """Return the tag of each rule of ours in one chain, and what it counted; none where there is no such chain."""
+        """Return the tag of each rule of ours in one chain, and what it counted; none where there is no such chain.
+
+        Beside the event loop: with 10,000 rules it takes tenths of a second, and nothing waits for it.
+        """
         ...
 
     async def table(self, table: Table) -> str:
@@ -124,12 +127,7 @@ class Tables:
 
     async def counters(self) -> dict[str, Count]:
         """See ``Firewall.counters``."""
-        counted: dict[str, Count] = {}
-        for its, count in await self._kernel.counts(Table.NAT, self._layout.chain):
-            words = owner(its)
-            if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
-                counted[words] = counted.get(words, Count()) + count
-        return counted
+        return await asyncio.to_thread(_by_owner, await self._kernel.counts(Table.NAT, self._layout.chain))
 
     async def prepare(self) -> None:
         """See ``Firewall.prepare``."""
@@ -191,6 +189,15 @@ class Tables:
                     "it is left alone. Set firewall.chain to another name, such as CTRPORT"
                 )
         return None
+
+
+def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
+    counted: dict[str, Count] = {}
+    for its, count in counts:
+        words = owner(its)
+        if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
+            counted[words] = counted.get(words, Count()) + count
+    return counted
 
 
 def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetRecord, ...]:
