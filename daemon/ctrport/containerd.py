@@ -17,7 +17,6 @@ import asyncio
 import collections
 import contextlib
 import errno
-import json
 import logging
 import os
 import secrets
@@ -34,7 +33,6 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import DecodeError
 
 from .api import (
     containers_pb2,
@@ -43,15 +41,15 @@ from .api import (
     events_pb2_grpc,
     namespaces_pb2,
     namespaces_pb2_grpc,
-    payloads_pb2,
     task_pb2,
     tasks_pb2,
     tasks_pb2_grpc,
     version_pb2,
     version_pb2_grpc,
 )
-from .declared import NAME
-from .model import ContainerKey, is_identifier
+from .model import ContainerKey
+from .stored import SANDBOX, annotation_of
+from .taskevents import TOPICS, TaskEvent, checked, task_event
 
 log = logging.getLogger(__name__)
 # Its Python side logs a traceback for what it also reports, and at debug level a line for each call.
@@ -78,35 +76,8 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", int(DEADLINE * 1000)),  # how long one try may take, in spite of its name
 )
 
-_Payload = (
-    payloads_pb2.TaskStart
-    | payloads_pb2.TaskExit
-    | payloads_pb2.TaskDelete
-    | payloads_pb2.TaskPaused
-    | payloads_pb2.TaskResumed
-    | payloads_pb2.ContainerUpdate
-    | payloads_pb2.ContainerDelete
-)
-
-#: The topics that make a container worth another look, each with what its events hold.
-_PAYLOADS: dict[str, type[_Payload]] = {
-    "/tasks/start": payloads_pb2.TaskStart,
-    "/tasks/exit": payloads_pb2.TaskExit,
-    "/tasks/delete": payloads_pb2.TaskDelete,
-    "/tasks/paused": payloads_pb2.TaskPaused,
-    "/tasks/resumed": payloads_pb2.TaskResumed,
-    "/containers/update": payloads_pb2.ContainerUpdate,
-    "/containers/delete": payloads_pb2.ContainerDelete,
-}
-
 #: The states in which a task has its network, and with it its mappings.
 _LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
-
-
-#: What the CRI plugin stores of a sandbox, as JSON, goes by this name among the extensions of its container.
-SANDBOX = "io.cri-containerd.sandbox.metadata"
-#: The bytes that a spec, or that, may have to be read for annotations.
-LONGEST_SPEC = 1 << 20
 
 
 class ContainerdError(Exception):
@@ -127,18 +98,6 @@ class NotFound(ContainerdError):
 
 class Refused(ContainerdError):
     """containerd, or the kernel before it, will not: waiting does not mend it."""
-
-
-@dataclass(frozen=True)
-class TaskEvent:
-    """Something happened to this container: look at it again. ``topic`` says what, for people.
-
-    ``pid`` is the init process that the event names, if it names one: where to begin to look, and no truth either.
-    """
-
-    key: ContainerKey
-    topic: str
-    pid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +199,7 @@ class Containerd:
     async def namespaces(self) -> list[str]:
         """Return the names of the containerd namespaces, sorted."""
         response = await self._call(self._namespaces, namespaces_pb2.ListNamespacesRequest())
-        return sorted(n.name for n in response.namespaces if _checked(n.name, "namespace"))
+        return sorted(n.name for n in response.namespaces if checked(n.name, "namespace"))
 
     @contextlib.asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[TaskEvent]]:
@@ -258,7 +217,7 @@ class Containerd:
         # So we publish one of our own until it comes back; from then on we are on the list.
         mark = f"/ctrport/subscribed/{secrets.token_hex(8)}"
         # Filters are joined by "or". The marks of other subscribers, and execs, images and content, stay away.
-        request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*_PAYLOADS, mark)])
+        request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*TOPICS, mark)])
         call = self._subscribe(request)
         try:
             events = _Events(call, self.address)
@@ -335,7 +294,7 @@ class Containerd:
                     # gRPC gives None for a message that cannot be decoded; one such must not hide the others.
                     if not isinstance(message, containers_pb2.ListContainerMessage):
                         log.warning("containerd sent a container of namespace %s that cannot be decoded", namespace)
-                    elif _checked(message.container.id, "container id"):
+                    elif checked(message.container.id, "container id"):
                         yield message.container
         finally:
             call.cancel()
@@ -440,68 +399,17 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
     return Refused(f"containerd at {address} refused the call: {details} ({code.name})")
 
 
-def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
-    """Return what an event says, or None when it is not about a container's own task, or malformed."""
-    payload_type = _PAYLOADS.get(envelope.topic)
-    if payload_type is None:
-        return None
-    # containerd's type_url is the bare name; whoever publishes by other means may put an authority before it.
-    if envelope.event.type_url.rpartition("/")[2] != payload_type.DESCRIPTOR.full_name:
-        log.debug("skipped an event %s that holds a %s", envelope.topic, envelope.event.type_url)
-        return None
-    try:
-        payload = payload_type.FromString(envelope.event.value)
-    except DecodeError as error:
-        log.debug("skipped an event %s that cannot be decoded: %s", envelope.topic, error)
-        return None
-    if isinstance(payload, (payloads_pb2.ContainerUpdate, payloads_pb2.ContainerDelete)):
-        container = payload.id
-    else:
-        container = payload.container_id
-        # A process that was exec'd into a container and exits is not the container.
-        if isinstance(payload, (payloads_pb2.TaskExit, payloads_pb2.TaskDelete)) and payload.id not in ("", container):
-            return None
-    if not (_checked(envelope.namespace, "namespace") and _checked(container, "container id")):
-        return None
-    pid = payload.pid if isinstance(payload, payloads_pb2.TaskStart) else 0
-    return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic, pid or None)
-
-
 def _listed(
     key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container, annotations: bool
 ) -> Listed | None:
     if process.status != task_pb2.UNKNOWN and process.status not in _LIVE:
         return None
     pid = None if process.status == task_pb2.UNKNOWN else process.pid
-    return Listed(key, pid, dict(container.labels), annotation_of(container) if annotations else None)
-
-
-def annotation_of(container: containers_pb2.Container) -> str | None:
-    """Return the ports that an annotation asks for: of a sandbox the pod's, of another container that of its spec.
-
-    The CRI plugin keeps the pod's annotations in what it stores beside its sandbox, and no copy in the spec.
-    """
-    path: tuple[str, ...] = ("annotations",)
-    text = container.spec.value
-    if SANDBOX in container.extensions:
-        path, text = ("Metadata", "Config", "annotations"), container.extensions[SANDBOX].value
-    if NAME.encode() not in text or len(text) > LONGEST_SPEC:  # a spec has thousands of bytes: few are to be read
-        return None
-    try:
-        found: Any = json.loads(text)
-        for step in (*path, NAME):
-            found = found[step]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _checked(name: str, what: str) -> bool:
-    """Whether ``name`` may go on into rules and logs; containerd checks too, so False is a warning's worth."""
-    if is_identifier(name):
-        return True
-    log.warning("skipped a %s that containerd itself would not take: %.100r", what, name)
-    return False
+    annotation = None
+    if annotations:
+        sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
+        annotation = annotation_of(container.spec.value, sandbox)
+    return Listed(key, pid, dict(container.labels), annotation)
 
 
 def _metadata(namespace: str) -> tuple[tuple[str, str], ...]:

@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from . import __version__, netlink, systemd
 from .chronicle import Chronicle
 from .config import Config
-from .containerd import Containerd, ContainerdError, TaskEvent
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
@@ -32,6 +32,7 @@ from .publish import Change
 from .status import Status, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
+from .taskevents import TaskEvent
 
 log = logging.getLogger(__name__)
 
