@@ -6,6 +6,7 @@ cannot be keeps nobody out, and is none. A host port that was chosen stays as it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ from .model import (
 #: What a publication goes by: the container, or the source of a declaration that matches none; what is asked for, and
 #: who may reach it. The same asked for twice is one.
 Key = tuple[ContainerKey | str, Mapping | Unread, Access]
+#: What containers stand in line for: a declaration, and a mapping of it.
+_Line = tuple[int, Mapping]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Claim:
     """A mapping of a container that could be served, if no earlier claim has its host port.
 
     ``started`` is when the container started. ``position`` is that of the declaration among those of its kind, and of
-    the mapping in it; ``own`` is whether the container declared it by itself.
+    the mapping in it; ``own`` is whether the container declared it by itself, ``shared`` whether the declaration is one
+    of many containers.
     """
 
     started: int
@@ -50,6 +54,7 @@ class Claim:
     pod: str | None
     access: Access
     own: bool = False
+    shared: bool = False
 
     @property
     def precedence(self) -> tuple[bool, int, ContainerKey, tuple[int, int]]:
@@ -66,15 +71,36 @@ class Claim:
         """What the publication that comes of it goes by."""
         return (self.container, self.mapping, self.access)
 
+    @property
+    def name(self) -> str:
+        """Whose it is, for people."""
+        return f"pod {self.pod}" if self.pod is not None else str(self.container)
+
+    @property
+    def line(self) -> _Line | None:
+        """The line it stands in behind whoever serves what it asks for: that of its declaration; None for none."""
+        return (self.position[0], self.mapping) if self.shared else None
+
     def on(self, ports: PortRange) -> Mapping:
         """Return the mapping on these host ports."""
         return replace(self.mapping, host_ports=ports) if self.mapping.dynamic else self.mapping
 
-    def decided(self, state: State, reason: str = "", bound: Mapping | None = None) -> Publication:
+    def decided(self, state: State, reason: str = "", bound: Mapping | None = None, place: int = 0) -> Publication:
         """Return what becomes of it."""
         attachments = self.attachments if bound is not None else ()
         return Publication(
-            *(self.mapping, self.source, self.container, state, reason, attachments, self.pod, bound, self.access)
+            *(
+                self.mapping,
+                self.source,
+                self.container,
+                state,
+                reason,
+                attachments,
+                self.pod,
+                bound,
+                self.access,
+                place,
+            )
         )
 
 
@@ -83,6 +109,7 @@ class _Round:
     """What one ``decide`` has found so far: claims with the same mapping, in the same families, find alike."""
 
     held: dict[Cell, list[tuple[Claim, Mapping]]] = field(default_factory=dict)  # by whom decided already
+    lines: Counter[_Line] = field(default_factory=Counter)  # how many wait in each
     spent: set[tuple[Mapping, frozenset[Family]]] = field(default_factory=set)  # for which nothing is free
     next: dict[tuple[Mapping, frozenset[Family]], int] = field(default_factory=dict)  # where to go on in a pool
 
@@ -177,7 +204,7 @@ class Allotment:
             bound = claim.on(ports)
             holder = self._holder(claim, bound, sofar)
             if holder is not None:
-                yield claim.decided(State.CONFLICT, _held_reason(bound, *holder))
+                yield _kept_out(claim, bound, holder, sofar)
                 continue
             for cell in cells(bound):
                 sofar.held.setdefault(cell, []).append((claim, bound))
@@ -261,17 +288,17 @@ class Allotment:
 
     # Who holds a port.
 
-    def _holder(self, claim: Claim, bound: Mapping, sofar: _Round) -> tuple[Mapping, str] | None:
-        """Return who has the host port, or one of the host ports, and as what: somebody else, or an earlier claim."""
+    def _holder(self, claim: Claim, bound: Mapping, sofar: _Round) -> Holder | tuple[Claim, Mapping] | None:
+        """Return who has the host port, or one of the host ports: somebody else, or an earlier claim, and as what."""
         families = claim.families
         for cell in cells(bound):
-            for holder in (*self._held.get(cell, ()), *self._met.get(cell, ())):
+            holders: Iterable[Holder] = (*self._held.get(cell, ()), *self._met.get(cell, ()))
+            for holder in holders:
                 if not families.isdisjoint(holder.mapping.families) and holder.mapping.overlaps(bound):
-                    return holder.mapping, holder.name
+                    return holder
             for other, its in sofar.held.get(cell, ()):
                 if its.overlaps(bound):
-                    name = f"pod {other.pod}" if other.pod is not None else str(other.container)
-                    return its, f"{name} ({its})"
+                    return other, its
         return None
 
     def _have_again(self, claim: Claim, beside: Iterable[Key]) -> None:
@@ -282,6 +309,25 @@ class Allotment:
         ports = next(earlier, None)
         if ports is not None:
             self._chosen[key] = ports
+
+
+def _kept_out(claim: Claim, bound: Mapping, holder: Holder | tuple[Claim, Mapping], sofar: _Round) -> Publication:
+    """Return what becomes of a claim whose host ports another has: it waits for one of its own declaration."""
+    if isinstance(holder, Holder):
+        return claim.decided(State.CONFLICT, _held_reason(bound, holder.mapping, holder.name))
+    other, its = holder
+    if claim.line is None or claim.line != other.line:
+        return claim.decided(State.CONFLICT, _held_reason(bound, its, f"{other.name} ({its})"))
+    sofar.lines[claim.line] += 1
+    place = sofar.lines[claim.line]
+    ports = f"host port{'' if len(bound.host_ports or ()) == 1 else 's'} {bound.host_ports}/{bound.protocol}"
+    reason = f"{other.name} serves {ports}; {'next' if place == 1 else _ordinal(place)} in line"
+    return claim.decided(State.WAITING, reason, place=place)
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
 
 
 def _held_reason(wanted: Mapping, held: Mapping, holder: str) -> str:

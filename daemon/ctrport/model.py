@@ -232,8 +232,9 @@ class Endpoint:
 class State(str, enum.Enum):
     """What became of a publication.
 
-    ACTIVE: the kernel has its rules. WAITING: something it needs is not there yet. CONFLICT: another holds the host
-    port. REFUSED: not allowed. UNSUPPORTED: cannot be done, here or at all.
+    ACTIVE: the kernel has its rules. WAITING: something it needs is not there yet, or another container serves what was
+    declared for both. CONFLICT: another holds the host port. REFUSED: not allowed. UNSUPPORTED: cannot be done, here or
+    at all.
     """
 
     ACTIVE = "active"
@@ -364,7 +365,8 @@ class Publication:
     ``container`` is None where a declaration matches no container; for a pod it is the sandbox, and ``pod`` the pod's
     name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves, one a family;
     ``bound`` is the mapping with the host ports that it has. Both are empty unless the state is ACTIVE, and ``reason``,
-    one sentence, is empty when it is.
+    one sentence, is empty when it is. ``place`` counts those that wait while another container serves the same
+    declaration, from 1 for the next in line; of all others it is 0.
     """
 
     asked: Mapping | Unread
@@ -376,6 +378,7 @@ class Publication:
     pod: str | None = None
     bound: Mapping | None = None
     access: Access = Access()
+    place: int = 0
 
     @property
     def mapping(self) -> Mapping:

@@ -194,6 +194,7 @@ class Publications:
                 claim = Claim(
                     *(container.started, container.key, (index, place), mapping, declaration.source),
                     *((), _pod(container), declaration.access),
+                    shared=True,
                 )
                 self._enter(candidate, claim)
         for place, wish in enumerate(wishes(container, self._permissions)):
