@@ -20,7 +20,8 @@ import errno
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -47,8 +48,8 @@ from .api import (
     version_pb2,
     version_pb2_grpc,
 )
-from .model import ContainerKey
-from .stored import SANDBOX, annotation_of
+from .model import ContainerKey, Live, Mapping
+from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, value_of
 from .taskevents import TOPICS, TaskEvent, checked, task_event
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ CHANNEL_OPTIONS = (
 )
 
 #: The states in which a task has its network, and with it its mappings.
-_LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
+_RUNNING = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
 
 
 class ContainerdError(Exception):
@@ -107,12 +108,15 @@ class Listed:
     ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
+    ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
     """
 
     key: ContainerKey
     pid: int | None
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
     annotation: str | None = None
+    live: Live | None = None
+    runs: bool = True
 
 
 class Containerd:
@@ -146,6 +150,9 @@ class Containerd:
         self._containers: grpc.aio.UnaryStreamMultiCallable[
             containers_pb2.ListContainersRequest, containers_pb2.ListContainerMessage
         ] = containers.ListStream
+        self._update: grpc.aio.UnaryUnaryMultiCallable[
+            containers_pb2.UpdateContainerRequest, containers_pb2.UpdateContainerResponse
+        ] = containers.Update
         tasks: Any = _stub(tasks_pb2_grpc.TasksStub, channel)
         self._task: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.GetRequest, tasks_pb2.GetResponse] = tasks.Get
         self._tasks: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.ListTasksRequest, tasks_pb2.ListTasksResponse] = (
@@ -226,19 +233,18 @@ class Containerd:
         finally:
             call.cancel()  # an abandoned call is never collected (grpc/grpc#43462)
 
-    async def containers(self, namespace: str, *, annotations: bool = False) -> list[Listed]:
+    async def containers(self, namespace: str, *, annotations: bool = False, ended: bool = False) -> list[Listed]:
         """Return every container of ``namespace`` with a running, pausing or paused task, sorted by id.
 
-        Empty for a namespace that is not there. ``annotations`` is whether to read those as well.
+        Empty for a namespace that is not there. ``annotations`` is whether to read those as well. With ``ended`` those
+        are among them that have no such task, and do not run.
         """
         # In this order: the container of a task that was there is missing only when both have been deleted since.
         processes = await self._processes(namespace)
         listed = []
         async for container in self._stored(namespace):
-            process = processes.get(container.id)
-            if process is not None:
-                found = _listed(ContainerKey(namespace, container.id), process, container, annotations)
-                listed += [found] if found is not None else []
+            found = _listed(ContainerKey(namespace, container.id), processes.get(container.id), container, annotations)
+            listed += [found] if found.runs or ended else []
         return sorted(listed, key=lambda found: found.key)
 
     async def container(self, key: ContainerKey, *, annotations: bool = False) -> Listed | None:
@@ -247,7 +253,8 @@ class Containerd:
         stored = asyncio.ensure_future(self._container_of(key))
         try:
             process = await self._process(key)
-            return _listed(key, process, await stored, annotations)
+            found = _listed(key, process, await stored, annotations)
+            return found if found.runs else None
         except NotFound:
             # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
             await asyncio.wait((stored,))
@@ -255,6 +262,22 @@ class Containerd:
         finally:
             stored.cancel()
             await asyncio.gather(stored, return_exceptions=True)
+
+    async def live(self, key: ContainerKey) -> Live | None:
+        """Return what is kept with a container of what the operator has it publish. Raises ``NotFound``."""
+        return _live(await self._container_of(key))
+
+    async def keep_live(self, key: ContainerKey, mappings: Sequence[Mapping], revision: str) -> None:
+        """Keep with a container what it is to publish, until it is deleted. Raises ``NotFound``; and ``ValueError``.
+
+        Nothing else of the container is written. It is not seen, though, whether it was written meanwhile: containerd
+        has no condition for a write.
+        """
+        word = AnyMessage(type_url=TYPE, value=value_of(mappings, revision))
+        container = containers_pb2.Container(id=key.id, extensions={EXTENSION: word})
+        request = containers_pb2.UpdateContainerRequest(container=container)
+        request.update_mask.paths.append(f"extensions.{EXTENSION}")
+        await self._call(self._update, request, key.namespace)
 
     async def _container_of(self, key: ContainerKey) -> containers_pb2.Container:
         request = containers_pb2.GetContainerRequest(id=key.id)
@@ -400,16 +423,23 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
 
 
 def _listed(
-    key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container, annotations: bool
-) -> Listed | None:
-    if process.status != task_pb2.UNKNOWN and process.status not in _LIVE:
-        return None
-    pid = None if process.status == task_pb2.UNKNOWN else process.pid
+    key: ContainerKey, process: task_pb2.Process | None, container: containers_pb2.Container, annotations: bool
+) -> Listed:
+    unknown = process is not None and process.status == task_pb2.UNKNOWN
+    runs = unknown or (process is not None and process.status in _RUNNING)
+    pid = process.pid if process is not None and runs and not unknown else None
     annotation = None
     if annotations:
         sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
         annotation = annotation_of(container.spec.value, sandbox)
-    return Listed(key, pid, dict(container.labels), annotation)
+    return Listed(key, pid, dict(container.labels), annotation, _live(container), runs)
+
+
+def _live(container: containers_pb2.Container) -> Live | None:
+    if EXTENSION not in container.extensions:
+        return None
+    kept = container.extensions[EXTENSION]
+    return live_of(kept.type_url, kept.value)
 
 
 def _metadata(namespace: str) -> tuple[tuple[str, str], ...]:

@@ -4,14 +4,13 @@ Pure, and incremental: ``Publications`` remembers what it was told and works out
 that one container costs the same on a node with ten mappings and with ten thousand. What it says depends on what it was
 told alone, never on the order of telling; but a host port that was chosen stays as it was for as long as it can.
 
-A contested host port goes to what the operator declared before what containers declare by themselves, and among these
-to the container that started first: allot.py decides that. Only mappings that could be served contend, which reach.py
-knows: a container without an address keeps nobody out.
+A contested host port goes to what the operator declared, in the file or by `ctrport publish`, before what containers
+declare by themselves, and among these to the container that started first: allot.py decides that. Only mappings that
+could be served contend, which reach.py knows: a container without an address keeps nobody out.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
@@ -36,6 +35,9 @@ from .model import (
     Unread,
 )
 from .reach import Reach
+
+#: The ``source`` of a mapping that the operator gave a container as it ran.
+LIVE_SOURCE = "ctrport publish"
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,11 @@ class Publications:
 
     def wants(self, container: Container) -> bool:
         """Whether some declaration matches, or is its own: what nobody declares needs no endpoint."""
-        return declares(container) or any(declaration.selector.matches(container) for declaration in self._declarations)
+        return (
+            declares(container)
+            or any(_word(container))
+            or any(declaration.selector.matches(container) for declaration in self._declarations)
+        )
 
     def update(self, key: ContainerKey, candidate: Candidate | None) -> None:
         """Take in what is now known of a container; None where it no longer runs."""
@@ -197,16 +203,18 @@ class Publications:
                     shared=True,
                 )
                 self._enter(candidate, claim)
+        for place, wish in enumerate(_word(container)):
+            self._grant(candidate, (len(self._declarations), place), wish, own=False)
         for place, wish in enumerate(wishes(container, self._permissions)):
-            self._grant(candidate, place, wish)
+            self._grant(candidate, (0, place), wish, own=True)
 
-    def _grant(self, candidate: Candidate, place: int, wish: Wish) -> None:
-        """Take in what a container declares by itself; the operator's own word for the same stands for both."""
+    def _grant(self, candidate: Candidate, position: tuple[int, int], wish: Wish, *, own: bool) -> None:
+        """Take in what is declared for this container alone; what was declared first for the same stands for both."""
         container, asked = candidate.container, wish.asked
         if isinstance(asked, Mapping) and not wish.refusal:
             claim = Claim(
-                *(container.started, container.key, (0, place), asked, wish.source),
-                *((), _pod(container), Access(), True),
+                *(container.started, container.key, position, asked, wish.source),
+                *((), _pod(container), Access(), own),
             )
             self._enter(candidate, claim)
             return
@@ -263,15 +271,15 @@ class Publications:
             self._counts[old.state] -= 1
 
 
-_PRINTABLE = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")
-
-
 def _pod(container: Container) -> str | None:
-    """Return a pod's name so that it can be printed: whoever makes a sandbox by hand may call it anything."""
-    if container.pod is None:
-        return None
-    name = str(container.pod)
-    return name if _PRINTABLE.fullmatch(name) else f"{name!a:.80}"
+    return None if container.pod is None else container.pod.shown
+
+
+def _word(container: Container) -> Iterator[Wish]:
+    """Return what `ctrport publish` has this container publish; nobody has to allow that."""
+    if container.live is not None:
+        yield from (Wish(mapping, LIVE_SOURCE, "") for mapping in container.live.mappings)
+        yield from (Wish(unread, LIVE_SOURCE, fault) for unread, fault in container.live.unread)
 
 
 def _mapping_order(publication: Publication) -> tuple[str, int, str, str]:
