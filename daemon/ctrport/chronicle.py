@@ -71,8 +71,11 @@ class Chronicle:
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
+        elif change.before.place and change.after.place:
+            return  # each step of each that stands in a line would be told
         if publication.state is State.ACTIVE:
-            fell_free = change.before is not None and change.before.state is State.CONFLICT
+            before = change.before
+            fell_free = before is not None and (before.state is State.CONFLICT or before.place > 0)
             took = None if since is None else time.monotonic() - since
             if took is not None:
                 self._tally.opened.observe(took)
@@ -81,7 +84,7 @@ class Chronicle:
                 **_subject(publication),
                 mapping=str(publication.bound),
                 address=",".join(str(attachment.address) for attachment in publication.attachments),
-                was=change.before.reason if change.before is not None and fell_free else "",
+                was=before.reason if before is not None and fell_free else "",
                 remark=remark,
                 after="" if took is None else f"{took * 1000:.1f}ms",
             )
@@ -94,7 +97,8 @@ class Chronicle:
                 source=publication.source,
                 reason=publication.reason,
             )
-            log.log(logging.INFO if publication.container is None else logging.WARNING, event)
+            expected = publication.container is None or publication.place
+            log.log(logging.INFO if expected else logging.WARNING, event)
 
     def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""

@@ -22,7 +22,7 @@ from . import __version__, netlink, systemd
 from .chronicle import Chronicle
 from .config import Config
 from .connections import Counts
-from .containerd import TOPICS, Containerd, ContainerdError, TaskEvent
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .events import Event
 from .firewall import Firewall, FirewallError
@@ -35,6 +35,7 @@ from .status import Status, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
+from .taskevents import TOPICS, TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,9 @@ class Reconciler:
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
+        self._revisions: dict[ContainerKey, str] = {}  # of what the operator gave containers, as they were last shown
+        self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
+        self._at_rest.set()
 
     async def run(self) -> None:
         """Keep the node in line until cancelled.
@@ -139,6 +143,24 @@ class Reconciler:
         finally:
             await _end(node_watch)
             await self._leave_ground()
+
+    async def at_rest(self) -> None:
+        """Wait until what is known is decided and written, or could not be: ``status`` then is not half of a change."""
+        while self._turns:  # which the next may have come to before the end of the last was told
+            await self._at_rest.wait()
+
+    @contextlib.contextmanager
+    def _turn(self, cause: str) -> Iterator[None]:
+        began = time.monotonic()
+        self._turns += 1
+        self._at_rest.clear()
+        try:
+            yield
+        finally:
+            self._tally.turns[cause].observe(time.monotonic() - began)
+            self._turns -= 1
+            if not self._turns:
+                self._at_rest.set()
 
     async def _leave_ground(self) -> None:
         if self._table_watch is not None:
@@ -289,7 +311,7 @@ class Reconciler:
             if self._dirty or self._node_changed:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
                 with self._turn("event"):
-                    await self._look_again()
+                    await self._look()
             elif time.monotonic() >= next_tick:
                 ticks, next_tick = ticks + 1, time.monotonic() + TICK
                 everything = ticks % TICKS_TO_RESYNC == 0
@@ -301,16 +323,8 @@ class Reconciler:
             await self._dataplane.prepare()
         await reader
 
-    @contextlib.contextmanager
-    def _turn(self, cause: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self._tally.turns[cause].observe(time.monotonic() - began)
-
-    async def _look_again(self) -> None:
-        """Look where something happened since."""
+    async def _look(self) -> None:
+        """Look where events said that something happened, and make the kernel follow."""
         if self._node_changed:
             self._node_changed = False
             await self._survey.node(others=False)
@@ -378,6 +392,8 @@ class Reconciler:
             self._pace.take(time.monotonic())
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
+        if self._revisions != self._survey.revisions:
+            self._revisions, news = dict(self._survey.revisions), True
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line and not self._told_in_line:
@@ -461,6 +477,7 @@ class Reconciler:
             ],
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=self._warnings,
+            revisions={str(key): revision for key, revision in self._revisions.items()},
         )
 
     def reading(self) -> Reading:
