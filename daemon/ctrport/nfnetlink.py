@@ -64,7 +64,7 @@ class NfTables(Conversation):
         super().__init__(_NETFILTER)
 
     def rules(self, family: int, table: str, chain: str) -> list[bytes] | None:
-        """Return the rules of a chain in their order, for ``comment`` and ``target``; None where there is no chain.
+        """Return the rules of a chain in their order, for the functions below; None where there is no such chain.
 
         ``family`` is AF_INET or AF_INET6. Raises ``Interrupted`` where others change the tables all the time.
         """
@@ -117,6 +117,18 @@ def comment(rule: bytes) -> str | None:
     """Return the comment of a rule; of several the first."""
     found = _COMMENT.search(rule) if _MATCH in rule else None
     return found[1].decode(errors="replace") if found else None
+
+
+# An expression is its name (NFTA_EXPR_NAME), and behind that what it holds.
+_COUNTER = attribute(1, b"counter\0")
+
+
+def counted(rule: bytes) -> tuple[int, int]:
+    """Return the packets and the bytes that a rule counted."""
+    at = rule.find(_COUNTER)
+    _, its = next(each_attribute(rule[at + len(_COUNTER) :]), (0, b"")) if at >= 0 else (0, b"")
+    data = read_attributes(its)
+    return int.from_bytes(data.get(2, b""), "big"), int.from_bytes(data.get(1, b""), "big")
 
 
 def target(rule: bytes) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
-from ..model import Holder
+from ..model import Count, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import Difference, Rule
 from .drift import Drift
@@ -99,6 +99,15 @@ class Firewall(Protocol):
 
     async def holders(self) -> list[Holder]:
         """Return the host ports that others answer on in the kernel's tables. Raises ``FirewallError``."""
+        ...
+
+    async def counters(self) -> dict[str, Count]:
+        """Return what the kernel counted at the DNAT rules of each owner, in the words of ``owner_of``, by asking it.
+
+        The first packet of a flow alone passes them: packets are connections, and bytes those of these packets. They
+        are counted from when a rule was written, and anew when it is written again. Who has no such rule in the kernel
+        is not among them. Raises ``FirewallError``.
+        """
         ...
 
     async def prepare(self) -> None:

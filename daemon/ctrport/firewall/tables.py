@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from ..model import Family, Holder
+from ..model import Count, Family, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
@@ -34,6 +34,10 @@ class Kernel(Protocol):
 
     async def glance(self, table: Table, chain: str) -> list[Line] | None:
         """Return the rules of one chain as quickly as can be, perhaps abridged; None where there is no such chain."""
+        ...
+
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """Return the tag of each rule of ours in one chain, and what it counted; none where there is no such chain."""
         ...
 
     async def table(self, table: Table) -> str:
@@ -127,6 +131,15 @@ class Tables:
             for chain, lines in zip(chains, answers, strict=True)
             for holder in holders(chain, listing(lines or ()), self._kernel.family)
         ]
+
+    async def counters(self) -> dict[str, Count]:
+        """See ``Firewall.counters``."""
+        counted: dict[str, Count] = {}
+        for its, count in await self._kernel.counts(Table.NAT, self._layout.chain):
+            words = owner(its)
+            if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
+                counted[words] = counted.get(words, Count()) + count
+        return counted
 
     async def prepare(self) -> None:
         """See ``Firewall.prepare``."""
