@@ -136,13 +136,13 @@ def plan(path: str, directory: Path) -> None:
 @click.option("--force", is_flag=True, help="Even while the daemon runs, which puts its rules back unless it hangs.")
 def clean(directory: Path, force: bool) -> None:
     """Remove every rule of ctrport. Needs neither a configuration nor containerd."""
-    from . import run as daemon
     from .dataplane import remove_everything
+    from .firewall.backends import every_firewall
 
     _as_root("clean")
     if status.is_running(directory) and not force:
         fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
-    removed = [_await(remove_everything(firewall)) for firewall in _await(daemon.every_firewall())]
+    removed = [_await(remove_everything(firewall)) for firewall in _await(every_firewall())]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
 
 
@@ -162,10 +162,10 @@ def _without_daemon(config: Config, directory: Path) -> status.Status:
 
 
 async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:
-    from . import run as daemon
+    from .firewall.backends import firewalls
     from .firewall.detect import choose
 
-    return await daemon.firewalls(layout, (await choose(config.firewall.backend)).backend)
+    return await firewalls(layout, (await choose(config.firewall.backend)).backend)
 
 
 def _load(path: str) -> Config:

@@ -393,6 +393,17 @@ class Holder:
 
 
 @dataclass(frozen=True)
+class Count:
+    """What the kernel counted."""
+
+    packets: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.packets + other.packets, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
 class BridgeNetwork:
     """A network: a bridge that ctrport runs the Docker way, with the subnets behind it as far as it has them yet."""
 

@@ -17,12 +17,11 @@ from .config import Config, ConfigError
 from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
-from .firewall import Firewall, FirewallError
+from .firewall import FirewallError
 from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
-from .firewall.detect import choose, families, legacy_tables
+from .firewall.backends import every_firewall, firewalls, others_than
+from .firewall.detect import choose
 from .firewall.iptables_legacy import LegacyTables
-from .firewall.iptables_nft import NftCommands
-from .firewall.tables import Tables
 from .hostports import Reservations
 from .model import Family
 from .portsockets import allow_sockets, inheritable_sockets
@@ -54,15 +53,6 @@ def layout(config: Config) -> Layout:
     )
 
 
-async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> dict[Family, Firewall]:
-    """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it."""
-    served = await families(backend)
-    if backend == LegacyTables.name:
-        return {family: Tables(LegacyTables(family), its) for family in served}
-    announce = (alarm.disregard,) if alarm is not None else ()
-    return {family: Tables(NftCommands(family, *announce), its) for family in served}
-
-
 def _alarm(backend: str, interval: float) -> Alarm | None:
     """Return what tells when others write, None where nothing does; ``interval`` is for what has to be asked."""
     if backend == LegacyTables.name:
@@ -72,15 +62,6 @@ def _alarm(backend: str, interval: float) -> Alarm | None:
     except OSError as error:
         log.warning("what others do to our rules is seen once a minute only: %s", error.strerror)
         return None
-
-
-async def every_firewall() -> list[Firewall]:
-    """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
-    return [*(await firewalls(Layout(), NftCommands.name)).values(), *_existing_legacy(Layout())]
-
-
-def _existing_legacy(its: Layout) -> list[Firewall]:
-    return [Tables(LegacyTables(family), its) for family in Family if legacy_tables(family)]
 
 
 async def run(config: Config, path: str, directory: Path) -> None:
@@ -143,8 +124,7 @@ async def _ground(config: Config, reservations: Reservations) -> Ground:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
     its = await firewalls(shape, choice.backend, alarm)
-    nft_is_other = choice.backend == LegacyTables.name
-    others = [*(await firewalls(shape, NftCommands.name)).values()] if nft_is_other else _existing_legacy(shape)
+    others = await others_than(choice.backend, shape)
     return Ground(its, Dataplane(its, shape, reservations, others), alarm)
 
 

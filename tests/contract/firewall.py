@@ -1,16 +1,17 @@
 """What every way to reach the tables has to hold to: one suite, run over each and over the tables in memory.
 
-A module that runs it derives from ``FirewallContract`` and gives it three fixtures: ``kernel``, the ``Kernel`` under
+A module that runs it derives from ``FirewallContract`` and gives it four fixtures: ``kernel``, the ``Kernel`` under
 test over tables that hold nothing; ``run``, which runs a coroutine where the kernel's tables are; and ``operator``,
-somebody else who writes into the same tables, in the words of ``iptables``.
+somebody else who writes into the same tables, in the words of ``iptables``; ``visitor``, who sends packets to the node.
 """
 
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Coroutine, Iterable, Sequence
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import pytest
 
@@ -18,24 +19,30 @@ from ctrport.firewall import FirewallError, ForeignChain, Refused
 from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan
 from ctrport.firewall.tables import Kernel, Tables
 from ctrport.firewall.text import TAG, listing, saved, tag
-from ctrport.model import Family, Publication
-from ctrport.owners import LocalnetRecord
+from ctrport.model import Count, Family, Protocol, Publication
+from ctrport.owners import LocalnetRecord, owner_of
 from ctrport.rules import USER_CHAIN, Layout, Place, Rule, Ruleset, Table, rules_at, rules_for, skeleton
 from tests.unit.worlds import NODE, active
 
 T = TypeVar("T")
 
 
-class Run(Protocol):
+class Run(typing.Protocol):
     """Runs a coroutine to its end."""
 
     def __call__(self, work: Coroutine[object, object, T]) -> T: ...
 
 
-class Operator(Protocol):
+class Operator(typing.Protocol):
     """Somebody else: writes what stands behind ``iptables -t TABLE``."""
 
     def __call__(self, table: Table, words: str) -> None: ...
+
+
+class Visitor(typing.Protocol):
+    """Sends packets of one flow each time, of the family under test, to an address of the node."""
+
+    def __call__(self, protocol: Protocol, port: int, packets: int = 1) -> None: ...
 
 
 # Every kind of mapping: a port, a host address, localhost, a range onto itself, a range with an offset.
@@ -232,6 +239,45 @@ class FirewallContract:
             assert first < then
 
         run(work())
+
+    def test_connections_are_counted_by_the_owner_of_the_mapping(
+        self, kernel: Kernel, run: Run, visitor: Visitor
+    ) -> None:
+        moved, onto_itself, idle = (
+            active("8000-8002:80-82", "172.17.0.2", "fd00::2"),
+            active("9000-9010:9000-9010/udp", "172.17.0.3", "fd00::3", name="db"),
+            active("8443:443", "172.17.0.2", "fd00::2"),
+        )
+        tables = Tables(kernel, LAYOUT)
+
+        async def work() -> None:
+            assert await tables.counters() == {}  # there is no chain of ours yet
+            await fit(kernel, wanted(kernel.family, (moved, onto_itself, idle)))
+            assert await tables.counters() == dict.fromkeys(map(owner_of, (moved, onto_itself, idle)), Count())
+
+        async def after() -> None:
+            counted = await tables.counters()
+            assert {its: count.packets for its, count in counted.items()} == {
+                owner_of(moved): 2,
+                owner_of(onto_itself): 1,
+                owner_of(idle): 0,
+            }
+            assert counted[owner_of(idle)] == Count()
+            size = 20 if kernel.family is Family.IPV4 else 40
+            assert counted[owner_of(onto_itself)].bytes == size + 8 + 5  # of a datagram with five bytes
+            assert counted[owner_of(moved)].bytes >= 2 * (size + 20)
+            # A change of others leaves the counters alone.
+            await tables.read(words=False)
+            await tables.apply(tables.plan(wanted(kernel.family, (moved, onto_itself))))
+            counted.pop(owner_of(idle))
+            assert await tables.counters() == counted
+
+        run(work())
+        visitor(Protocol.TCP, 8000)
+        visitor(Protocol.TCP, 8002)
+        visitor(Protocol.UDP, 9005, packets=3)
+        visitor(Protocol.UDP, 8443)  # nobody's
+        run(after())
 
     def test_removal_leaves_what_was_there_before(self, kernel: Kernel, run: Run, operator: Operator) -> None:
         operator(Table.FILTER, "-A FORWARD -i lo -j ACCEPT")

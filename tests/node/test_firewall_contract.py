@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
+import socket
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -14,10 +16,10 @@ import pytest
 from ctrport.firewall import FirewallError, Unusable
 from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
-from ctrport.model import Family
+from ctrport.model import Family, Protocol
 from ctrport.rules import Table
 from embedded.host import Host, inside
-from tests.contract.firewall import FirewallContract, Operator, Run
+from tests.contract.firewall import FirewallContract, Operator, Run, Visitor
 
 T = TypeVar("T")
 
@@ -50,6 +52,30 @@ def private_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "xtables.lock"))
 
 
+def visitor_of(host: Host, family: Family) -> Visitor:
+    """Return who sends from the host itself; what is translated goes out by a device behind which nobody answers."""
+    host.script(
+        "ip link add nowhere type veth peer name end; ip link set nowhere arp off up; ip link set end up\n"
+        "ip address add 192.0.2.1/32 dev lo; ip address add 172.17.0.1/16 dev nowhere\n"
+        "ip address add 2001:db8::1/128 dev lo nodad; ip address add fd00::1/64 dev nowhere nodad"
+    )
+    domain, node = {
+        Family.IPV4: (socket.AF_INET, "192.0.2.1"),
+        Family.IPV6: (socket.AF_INET6, "2001:db8::1"),
+    }[family]
+
+    def visit(protocol: Protocol, port: int, packets: int = 1) -> None:
+        kind = {Protocol.TCP: socket.SOCK_STREAM, Protocol.UDP: socket.SOCK_DGRAM}[protocol]
+        with host.socket(kind, domain) as sender:
+            sender.setblocking(False)
+            with contextlib.suppress(BlockingIOError):  # nobody will ever answer
+                sender.connect((node, port))
+            for _ in range(packets if protocol is Protocol.UDP else 0):
+                sender.send(b"hello")
+
+    return visit
+
+
 class TestNftCommands(FirewallContract):
     @pytest.fixture(params=list(Family))
     def kernel(self, request: pytest.FixtureRequest) -> NftCommands:
@@ -70,6 +96,10 @@ class TestNftCommands(FirewallContract):
             host.run(program, "-t", table.value, *shlex.split(words))
 
         return write
+
+    @pytest.fixture
+    def visitor(self, host: Host, kernel: NftCommands) -> Visitor:
+        return visitor_of(host, kernel.family)
 
 
 class TestLegacyTables(FirewallContract):
@@ -98,6 +128,10 @@ class TestLegacyTables(FirewallContract):
             host.run(program, "-w", "-t", table.value, *shlex.split(words))
 
         return write
+
+    @pytest.fixture
+    def visitor(self, host: Host, kernel: LegacyTables) -> Visitor:
+        return visitor_of(host, kernel.family)
 
 
 def test_commands_reach_the_tables_of_the_namespace_that_they_start_in(host: Host) -> None:

@@ -7,9 +7,10 @@ from typing import TypeVar
 import pytest
 
 from ctrport.firewall.fake import MemoryKernel
-from ctrport.model import Family
+from ctrport.firewall.text import listing
+from ctrport.model import Count, Family, Protocol
 from ctrport.rules import Table
-from tests.contract.firewall import FirewallContract, Operator, Run
+from tests.contract.firewall import FirewallContract, Operator, Run, Visitor
 
 T = TypeVar("T")
 
@@ -53,3 +54,18 @@ class TestMemoryKernel(FirewallContract):
                     raise ValueError(words)
 
         return write
+
+    @pytest.fixture
+    def visitor(self, kernel: MemoryKernel) -> Visitor:
+        header = {Family.IPV4: 20, Family.IPV6: 40}[kernel.family]
+
+        def visit(protocol: Protocol, port: int, packets: int = 1) -> None:
+            lines = listing(f"-A DOCKER {rule}" for rule in kernel.tables[Table.NAT]["DOCKER"])
+            for line in lines:
+                first, _, last = (line.text.partition("--dport ")[2].partition(" ")[0] or "0").partition(":")
+                if f"-p {protocol} " in line.text and int(first) <= port <= int(last or first):
+                    assert line.tag is not None
+                    first_packet = Count(1, header + (20 if protocol is Protocol.TCP else 8 + 5))
+                    kernel.counted[line.tag] = kernel.counted.get(line.tag, Count()) + first_packet
+
+        return visit

@@ -13,11 +13,12 @@ from ctrport.firewall import text as text_module
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
 from ctrport.firewall.tables import Tables
-from ctrport.firewall.text import TAG, arguments, diff, holders, listing, owner, restore_input, saved, tag
+from ctrport.firewall.text import TAG, arguments, counts, diff, holders, listing, owner, restore_input, saved, tag
 from ctrport.model import (
     IDENTIFIER_MAX,
     Attachment,
     ContainerKey,
+    Count,
     Family,
     Mapping,
     PortRange,
@@ -54,6 +55,20 @@ def test_the_tags_of_rules_that_nobody_has_any_more_are_forgotten() -> None:
     tag(kept)
     gc.collect()
     assert len(text_module._tags) == before + 1
+
+
+def test_what_rules_of_ours_counted_is_read_out_of_one_chain_whatever_others_write() -> None:
+    its = tag(rule())
+    text = (
+        "*nat\n:DOCKER - [0:0]\n:OTHER - [0:0]\n"
+        f'[3:180] -A DOCKER -m comment --comment "{its}" -j DNAT --to-destination 172.17.0.2:80\n'
+        f'[5:300] -A OTHER -m comment --comment "{its}" -j RETURN\n'
+        "[7:420] -A DOCKER -p tcp -j RETURN\n"
+        f'[9:540] -A OTHER -m comment --comment "x\n[1:1] -A DOCKER -m comment --comment {its}" -j RETURN\n'
+        "COMMIT\n"
+    )
+    assert counts(text, "DOCKER") == [(its, Count(3, 180))]
+    assert counts(text, "ABSENT") == []
 
 
 @pytest.mark.parametrize("text", ["", "ctrport web", "docker web 0123456789ab", "ctrport  0123456789ab", "ctrport a b"])

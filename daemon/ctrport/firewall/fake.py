@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable
 
-from ..model import Family
+from ..model import Count, Family
 from ..rules import Table
 from . import FirewallError, Refused
 from .plan import BUILT_IN, KERNEL_CHAINS, Line, Plan
@@ -20,7 +20,10 @@ Chains = dict[str, list[str]]
 
 
 class MemoryKernel:
-    """The tables of one family. ``restores`` are the inputs that were committed, for tests to count and read."""
+    """The tables of one family. ``restores`` are the inputs that were committed, for tests to count and read.
+
+    ``counted`` is what a test has rules count, by their tags.
+    """
 
     name = "memory"
 
@@ -30,6 +33,7 @@ class MemoryKernel:
             table: {chain: [] for chain in chains} for table, chains in KERNEL_CHAINS.items()
         }
         self.restores: list[str] = []
+        self.counted: dict[str, Count] = {}
         self.fail_next_restore: Callable[[Table], bool] | None = None
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
@@ -44,6 +48,11 @@ class MemoryKernel:
         """See ``Kernel.glance``: with all words."""
         lines = await self.chain(table, chain)
         return None if lines is None else listing(lines)
+
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """See ``Kernel.counts``."""
+        tags = (line.tag for line in listing(await self.chain(table, chain) or ()))
+        return [(its, self.counted.get(its, Count())) for its in tags if its is not None]
 
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""

@@ -17,14 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..model import Family
+from ..model import Count, Family
 from ..rules import Table
 from . import FirewallError, Refused, Unusable
 from .commands import command, failure
 from .detect import legacy_tables
 from .entries import commit, to_json
 from .plan import KERNEL_CHAINS, Line, Plan
-from .text import listing, printed
+from .text import counts, listing, printed
 
 #: Seconds until an answer has to be there: for the lock, and the writing itself.
 TIMEOUT = 30.0
@@ -73,8 +73,15 @@ class LegacyTables:
         lines = await self.chain(table, chain)
         return None if lines is None else listing(lines)
 
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """See ``Kernel.counts``."""
+        return counts(await self._saved(table, "-c"), chain)
+
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
+        return await self._saved(table)
+
+    async def _saved(self, table: Table, *options: str) -> str:
         try:
             there = legacy_tables(self.family)
         except OSError as error:
@@ -82,7 +89,7 @@ class LegacyTables:
         if table not in there:
             heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in KERNEL_CHAINS[table])
             return f"*{table}\n{heads}COMMIT\n"
-        ended = await command(self._save, "-t", table.value)
+        ended = await command(self._save, "-t", table.value, *options)
         if ended.status != 0:
             raise failure(f"the table {table} could not be listed", ended)
         return ended.out

@@ -11,8 +11,8 @@ import errno
 import socket
 from collections.abc import Callable
 
-from ..model import Family
-from ..nfnetlink import NfTables, Writer, comment, target
+from ..model import Count, Family
+from ..nfnetlink import NfTables, Writer, comment, counted, target
 from ..nlmsg import Interrupted
 from ..programs import Ready
 from ..rules import Table
@@ -53,17 +53,25 @@ class NftCommands:
 
     async def glance(self, table: Table, chain: str) -> list[Line] | None:
         """See ``Kernel.glance``: of our rules with the comment alone, of others with the target alone."""
+        rules = self._rules(table, chain)
+        if rules is None:
+            return [] if chain in BUILT_IN else None  # nf_tables has no chains of its own, iptables always has
+        return [self._line(chain, rule) for rule in rules]
+
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """See ``Kernel.counts``."""
+        tagged = ((comment(rule), rule) for rule in self._rules(table, chain) or ())
+        return [(its, Count(*counted(rule))) for its, rule in tagged if its is not None and TAG.fullmatch(its)]
+
+    def _rules(self, table: Table, chain: str) -> list[bytes] | None:
         try:
             with contextlib.closing(NfTables()) as tables:
-                rules = tables.rules(self._domain, table.value, chain)
+                return tables.rules(self._domain, table.value, chain)
         except Interrupted as error:
             raise FirewallError(f"the chain {chain} of the table {table} changes all the time") from error
         except OSError as error:
             kind = Unusable if error.errno in (errno.EPERM, errno.EACCES) else FirewallError
             raise kind(f"the chain {chain} of the table {table} could not be looked at: {error.strerror}") from error
-        if rules is None:
-            return [] if chain in BUILT_IN else None  # nf_tables has no chains of its own, iptables always has
-        return [self._line(chain, rule) for rule in rules]
 
     def _line(self, chain: str, rule: bytes) -> Line:
         its = comment(rule)

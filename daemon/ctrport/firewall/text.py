@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from weakref import WeakKeyDictionary
 
-from ..model import Family, Holder, Mapping, PortRange, Protocol
+from ..model import Count, Family, Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
 from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
@@ -88,6 +88,16 @@ def saved(text: str) -> dict[str, list[Line]]:
         elif line.startswith("-A "):
             chains.setdefault(line.split(" ", 2)[1], []).append(_line(line))
     return chains
+
+
+_COUNTED = re.compile(r"\[(\d+):(\d+)\] (-A (\S+).*)", re.DOTALL)
+
+
+def counts(text: str, chain: str) -> list[tuple[str, Count]]:
+    """Read out of one table, as ``iptables-save -c`` prints it, what each rule of ours in one chain counted, by tag."""
+    found = (_COUNTED.fullmatch(line) for line in printed(text))
+    rules = ((_line(each[3]), each) for each in found if each is not None and each[4] == chain)
+    return [(line.tag, Count(int(each[1]), int(each[2]))) for line, each in rules if line.tag is not None]
 
 
 _PORTS = re.compile(r"-p (tcp|udp|sctp) .*?--dports? ([0-9:,]+)(?= |$)")
