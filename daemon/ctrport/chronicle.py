@@ -36,6 +36,9 @@ class Chronicle:
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._since: dict[tuple[str, str, str], datetime] = {}
         self._untold: dict[tuple[str, str, str], tuple[Change, float | None]] = {}
+        # By the id of the publication, as to look for it by value takes as long as to show it anew.
+        self._shown: dict[int, tuple[Publication, PublicationStatus]] = {}
+        self._shown_with = ""  # the problem that they were shown with
 
     def take(self, changes: Iterable[Change], since: float | None) -> None:
         """Take in what changed; ``since`` is when the event came that led to it."""
@@ -64,6 +67,7 @@ class Chronicle:
         publication = change.after or change.before
         assert publication is not None
         key = _name(publication)
+        self._shown.pop(id(change.after), None)
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
@@ -104,6 +108,7 @@ class Chronicle:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
         left = {_wherever(publication): publication for publication in told}
         since, self._since = self._since, {}
+        self.look_anew()
         news = []
         for after in (change.after for change in changes if change.after is not None):
             before = left.pop(_wherever(after), None)
@@ -122,6 +127,30 @@ class Chronicle:
             else:
                 publication = replace(publication, reason=remark)
         return PublicationStatus.of(publication, shown(since) if since else "")
+
+    def all_shown(
+        self, publications: Iterable[Publication], remark: Callable[[Publication], str], problem: str
+    ) -> list[PublicationStatus]:
+        """Return publications as they are shown. Those of which nothing was told since the last time are as they were.
+
+        For there may be thousands, and one that has changed.
+        """
+        if problem != self._shown_with:
+            self.look_anew()
+        self._shown_with = problem
+        known, found = self._shown, list[PublicationStatus]()
+        for publication in publications:
+            its = known.get(id(publication))
+            if its is None:
+                its = known[id(publication)] = (publication, self.shown(publication, remark(publication), problem))
+            found.append(its[1])
+        if len(known) > 2 * len(found):  # most of them are over
+            self.look_anew()
+        return found
+
+    def look_anew(self) -> None:
+        """Show every publication anew the next time: what there is to say of them may have changed."""
+        self._shown.clear()
 
     def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
         """Take in what others had done to ours, and tell it; not each time, where they do it again and again.

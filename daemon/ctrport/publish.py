@@ -11,10 +11,12 @@ could be served contend, which reach.py knows: a container without an address ke
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from .allot import Allotment, Claim, Key
 from .declared import Permission, Wish, declares, wishes
@@ -90,6 +92,7 @@ class Publications:
         self._keys: dict[ContainerKey, dict[Key, None]] = {}
         self._matching = [0] * len(self._declarations)
         self._published: dict[Key, Publication] = {}
+        self._in_order: list[tuple[_Rank, Publication]] = []  # those of containers
         self._counts: Counter[State] = Counter()
         self.unmatched, self.starved = 0, 0
         self._before: dict[Key, Publication | None] = {}
@@ -98,8 +101,7 @@ class Publications:
 
     def __iter__(self) -> Iterator[Publication]:
         """Iterate over all publications, containers by name, then unmatched declarations as in the file."""
-        matched = (p for p in self._published.values() if p.container is not None)
-        yield from sorted(matched, key=lambda p: (p.container, _mapping_order(p)))
+        yield from map(itemgetter(1), self._in_order)
         for declaration in self._declarations:
             mappings = dict.fromkeys(declaration.mappings)
             keys = ((declaration.source, mapping, declaration.access) for mapping in mappings)
@@ -267,12 +269,20 @@ class Publications:
         self._remove(key)
         self._published[key] = publication
         self._count(publication, 1)
+        if publication.container is not None:
+            # Kept sorted: to sort thousands costs more than the one that has changed.
+            insort(self._in_order, (_rank(publication), publication), key=itemgetter(0))
 
     def _remove(self, key: Key) -> None:
         old = self._published.pop(key, None)
         self._before.setdefault(key, old)
         if old is not None:
             self._count(old, -1)
+            if old.container is not None:
+                at = bisect_left(self._in_order, _rank(old), key=itemgetter(0))
+                while self._in_order[at][1] is not old:
+                    at += 1
+                del self._in_order[at]
 
     def _count(self, publication: Publication, by: int) -> None:
         self._counts[publication.state] += by
@@ -293,9 +303,15 @@ def _word(container: Container) -> Iterator[Wish]:
         yield from (Wish(unread, LIVE_SOURCE, fault) for unread, fault in container.live.unread)
 
 
-def _mapping_order(publication: Publication) -> tuple[str, int, str, str]:
-    mapping = publication.bound or publication.asked
-    if isinstance(mapping, Unread):
-        return ("", 0, str(mapping), publication.source)
-    first = mapping.host_ports.first if mapping.host_ports else 0
-    return (mapping.protocol.value, first, str(mapping), publication.source)
+#: Of a container's publication: namespace and id, protocol, first host port, mapping and source.
+_Rank = tuple[str, str, str, int, str, str]
+
+
+def _rank(publication: Publication) -> _Rank:
+    """Return what orders the publications of containers: by the container's name, then by the port."""
+    container, mapping = publication.container, publication.bound or publication.asked
+    assert container is not None
+    protocol, first = "", 0
+    if not isinstance(mapping, Unread):
+        protocol, first = mapping.protocol.value, mapping.host_ports.first if mapping.host_ports else 0
+    return (container.namespace, container.id, protocol, first, str(mapping), publication.source)

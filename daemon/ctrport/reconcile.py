@@ -356,6 +356,8 @@ class Reconciler:
             self._survey.what_may_heal()
         publications = self._survey.publications
         taken = self._dataplane.reserve_again() if everything else []
+        if everything:
+            self._chronicle.look_anew()  # whose host ports are reserved by now, nobody tells
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
@@ -471,10 +473,7 @@ class Reconciler:
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
-            publications=[
-                self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem)
-                for publication in self._survey.publications
-            ],
+            publications=self._chronicle.all_shown(self._survey.publications, self._dataplane.remark, self._problem),
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=self._warnings,
             revisions={str(key): revision for key, revision in self._revisions.items()},

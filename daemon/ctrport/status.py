@@ -11,9 +11,10 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ class PublicationStatus:
         if self.pod:
             return f"pod:{self.pod}"
         return f"{self.namespace}/{self.container}" if self.container else "-"
+
+    @cached_property
+    def json(self) -> str:
+        """It as one JSON object, in one line."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def of(cls, publication: Publication, since: str) -> PublicationStatus:
@@ -110,19 +116,32 @@ class Status:
     revisions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return it as one JSON object; keys and their meaning are API."""
-        return json.dumps(asdict(self), indent=2)
+        """Return it as one JSON object, a publication a line; keys and their meaning are API."""
+        # Of thousands of publications few have changed since the last time: their text is at hand.
+        text = {field.name: json.dumps(getattr(self, field.name)) for field in fields(self) if field.name not in _LISTS}
+        text["publications"] = _lines([publication.json for publication in self.publications])
+        text["networks"] = _lines([json.dumps(asdict(network)) for network in self.networks])
+        return "{\n" + ",\n".join(f'  "{field.name}": {text[field.name]}' for field in fields(self)) + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str) -> Status:
         """Read what ``to_json`` wrote. Raises ``ValueError`` for anything else."""
         try:
-            fields: dict[str, Any] = json.loads(text)
-            publications = [PublicationStatus(**each) for each in fields.pop("publications")]
-            networks = [NetworkStatus(**each) for each in fields.pop("networks")]
-            return cls(**fields, publications=publications, networks=networks)
+            found: dict[str, Any] = json.loads(text)
+            publications = [PublicationStatus(**each) for each in found.pop("publications")]
+            networks = [NetworkStatus(**each) for each in found.pop("networks")]
+            return cls(**found, publications=publications, networks=networks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a status file of this version: {error}") from error
+
+
+_LISTS = ("publications", "networks")
+
+
+def _lines(items: Iterable[str]) -> str:
+    """Return items of a JSON list, each in a line of its own."""
+    text = ",\n    ".join(items)
+    return f"[\n    {text}\n  ]" if text else "[]"
 
 
 def networks(facts: NodeFacts, amiss: Mapping[str, str]) -> list[NetworkStatus]:

@@ -11,9 +11,10 @@ import pytest
 
 from ctrport.chronicle import TELL_SAME, Chronicle
 from ctrport.firewall.drift import Drift
-from ctrport.model import State
+from ctrport.model import Publication, State
 from ctrport.publish import Change
 from ctrport.rules import Layout, rules_for
+from ctrport.status import PublicationStatus
 from ctrport.suspicion import Grounds
 from ctrport.tally import Tally
 from tests.unit.worlds import active
@@ -139,6 +140,34 @@ def test_where_all_begins_anew_only_what_differs_is_told(caplog: pytest.LogCaptu
     assert news == [Change(None, late), Change(DB, None)]
     assert told(chronicle, caplog, *news) == ["published9999:", "withdrawn9000:"]
     assert chronicle.shown(WEB, "", "").since == since
+
+
+def test_what_is_shown_follows_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    chronicle, remarks = Chronicle(), {WEB: "a remark"}
+
+    def shown(*publications: Publication, problem: str = "") -> list[PublicationStatus]:
+        return chronicle.all_shown(publications, lambda publication: remarks.get(publication, ""), problem)
+
+    told(chronicle, caplog, Change(None, WEB), Change(None, DB), in_line=False)
+    assert [(its.since, its.reason) for its in shown(WEB, DB)] == [("", "a remark"), ("", "")]
+    told(chronicle, caplog)
+    before = shown(WEB, DB)
+    assert all(its.since for its in before)
+    assert all(one is other for one, other in zip(shown(WEB, DB), before, strict=True))  # nothing is made anew
+    assert [its.state for its in shown(WEB, DB, problem="no kernel")] == ["waiting", "waiting"]
+    assert shown(WEB, DB) == before
+    remarks.clear()
+    assert shown(WEB, DB) == before
+    chronicle.look_anew()
+    assert [its.reason for its in shown(WEB, DB)] == ["", ""]
+    # Where all begins anew, how long it has been so may be known by now.
+    late = replace(WEB)
+    assert [its.since for its in shown(late)] == [before[0].since]
+    for _ in range(10):  # what is over is not kept for ever
+        passing = replace(WEB)
+        shown(passing)
+        told(chronicle, caplog, Change(passing, None))
+    assert len(chronicle._shown) < 5
 
 
 def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pytest.LogCaptureFixture) -> None:
