@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -20,9 +20,10 @@ from . import __version__, configfiles, logs, status
 from .config import DEFAULT_PATH, Config, ConfigError
 from .containerd import ContainerdError
 from .firewall import Firewall, FirewallError
-from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, table
+from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, rows, table
 
 if TYPE_CHECKING:
+    from .live import Outcome
     from .model import Family
     from .rules import Layout
 
@@ -137,6 +138,51 @@ def plan(path: str, directory: Path) -> None:
 
 
 @cli.command()
+@click.argument("name")
+@click.argument("mappings", nargs=-1, required=True, metavar="MAPPING...")
+@_config_option
+@_directory_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def publish(name: str, mappings: tuple[str, ...], path: str, directory: Path, as_json: bool) -> None:
+    """Give a running container ports, for as long as it exists, and wait until they are open.
+
+    NAME is an id or the beginning of one, NAMESPACE/ID, nerdctl's name, or pod:NAMESPACE/NAME; MAPPING as 8080:80.
+    """
+    from . import live
+
+    outcome = _change_ports("publish", live.publish, path, directory, name, mappings)
+    if as_json:
+        click.echo(outcome.to_json())
+    elif outcome.publications:
+        rows(outcome.publications)
+    _end(outcome)
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("mappings", nargs=-1, metavar="[MAPPING or HOSTPORT]...")
+@_config_option
+@_directory_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def unpublish(name: str, mappings: tuple[str, ...], path: str, directory: Path, as_json: bool) -> None:
+    """Take back ports that `publish` gave a container, all of them if none is named, and wait until they are closed.
+
+    NAME as for `publish`; MAPPING as 8080:80, HOSTPORT as 8080 or 53/udp.
+    """
+    from . import live
+
+    outcome = _change_ports("unpublish", live.unpublish, path, directory, name, mappings)
+    if as_json:
+        click.echo(outcome.to_json())
+    else:
+        for mapping in outcome.withdrawn:
+            click.echo(one_line(f"{outcome.container} {mapping} is withdrawn"))
+        if not outcome.withdrawn and not outcome.problems:
+            click.echo(one_line(f"{outcome.container} was given nothing by ctrport publish"))
+    _end(outcome)
+
+
+@cli.command()
 @_directory_option
 @click.option("--force", is_flag=True, help="Even while the daemon runs, which puts its rules back unless it hangs.")
 def clean(directory: Path, force: bool) -> None:
@@ -156,6 +202,35 @@ def clean(directory: Path, force: bool) -> None:
 def version(as_json: bool) -> None:
     """Show the version."""
     click.echo(json.dumps({"version": __version__}) if as_json else f"ctrport {__version__}")
+
+
+def _change_ports(
+    command: str,
+    change: Callable[[Config, Path, str, Sequence[str]], Coroutine[Any, Any, Outcome]],
+    path: str,
+    directory: Path,
+    name: str,
+    mappings: Sequence[str],
+) -> Outcome:
+    from .amend import Unusable
+    from .live import NotDone
+    from .named import NoSuch
+
+    _as_root(command, "containerd")
+    config = _load(path)
+    try:
+        return _await(change(config, directory, name, mappings))
+    except Unusable as error:
+        fail(str(error), BAD_USAGE)
+    except (NoSuch, NotDone) as error:
+        fail(str(error))
+
+
+def _end(outcome: Outcome) -> None:
+    for problem in outcome.problems:
+        complain(f"ctrport: {problem}")
+    if outcome.problems:
+        raise SystemExit(FAILED)
 
 
 def _without_daemon(config: Config, directory: Path) -> status.Status:
@@ -192,6 +267,6 @@ def _await(work: Coroutine[Any, Any, T]) -> T:
         fail(str(error))
 
 
-def _as_root(command: str) -> None:
+def _as_root(command: str, what: str = "the kernel's tables") -> None:
     if os.geteuid() != 0:
-        fail(f"ctrport {command} needs root: it works with the kernel's tables")
+        fail(f"ctrport {command} needs root: it works with {what}")

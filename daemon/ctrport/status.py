@@ -178,6 +178,15 @@ def read(directory: Path) -> Status | None:
         return None
 
 
+def stamp(directory: Path) -> tuple[int, ...] | None:
+    """Return what changes whenever the daemon says something, None where it said nothing."""
+    try:
+        file = (directory / "status.json").stat()
+    except OSError:
+        return None
+    return (file.st_ino, file.st_mtime_ns, file.st_size)
+
+
 @contextlib.contextmanager
 def only_one(directory: Path) -> Iterator[None]:
     """Hold the run directory's lock. Raises ``AlreadyRunning`` or ``OSError``; the lock ends with the process."""

@@ -6,6 +6,7 @@ What people read goes to stdout, all else to stderr.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import NoReturn
 
 import click
@@ -17,6 +18,18 @@ FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
 
 def table(current: status.Status) -> None:
+    """Print all publications, and what else there is to say."""
+    rows(current.publications)
+    for network in current.networks:
+        if network.reason:
+            complain(f"network {network.bridge}: {network.reason}")
+    if current.config:
+        complain(f"warning: an older configuration is in use: {current.config}")
+    for warning in current.warnings:
+        complain(f"warning: {warning}")
+
+
+def rows(publications: Iterable[status.PublicationStatus]) -> None:
     """Print publications as a table: in colour on a terminal, whole lines elsewhere."""
     from rich.console import Console
     from rich.table import Table
@@ -24,7 +37,7 @@ def table(current: status.Status) -> None:
 
     colours = {"active": "green", "waiting": "yellow", "conflict": "red", "refused": "red", "unsupported": "red"}
     table = Table("CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON", box=None, header_style="", pad_edge=False)
-    for one in current.publications:
+    for one in publications:
         state = Text(one_line(one.state), style=colours.get(one.state, ""))
         reason = one.reason or (f"since {one.since}" if one.since else "")
         cells = [one.name, one.bound or one.mapping, ",".join(one.addresses) or "-"]
@@ -35,13 +48,6 @@ def table(current: status.Status) -> None:
         console.print(table)
     for line in captured.get().splitlines():
         click.echo(line.rstrip())
-    for network in current.networks:
-        if network.reason:
-            complain(f"network {network.bridge}: {network.reason}")
-    if current.config:
-        complain(f"warning: an older configuration is in use: {current.config}")
-    for warning in current.warnings:
-        complain(f"warning: {warning}")
 
 
 def complain(line: str) -> None:

@@ -107,6 +107,7 @@ def test_each_command_has_help(ctrport: Run, command: str) -> None:
     [
         *(["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]),
         *(["plan", "config.yaml"], ["plan", "--config"], ["plan", "--json"]),
+        *(["publish"], ["publish", "web"], ["unpublish"], ["publish", "web", "8080:80", "--force"]),
     ],
     ids=" ".join,
 )
@@ -126,6 +127,25 @@ def test_the_module_is_the_command() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"ctrport {__version__}\n", "")
+
+
+# publish, unpublish
+
+
+@pytest.mark.parametrize("arguments", [["publish", "web", "8080:80"], ["unpublish", "web"]], ids=" ".join)
+def test_who_changes_ports_has_to_be_root(ctrport: Run, tmp_path: Path, nobody: None, arguments: list[str]) -> None:
+    reason = f"ctrport {arguments[0]} needs root: it works with containerd"
+    assert ctrport(*arguments, "--config", str(tmp_path)) == Ended(1, "", f"ctrport: {reason}\n")
+
+
+def test_a_mapping_that_is_none_is_bad_usage_whatever_else_is_wrong(ctrport: Run, tmp_path: Path, root: None) -> None:
+    path = written(tmp_path, f"containerd: {{address: {tmp_path}/nobody}}\n")
+    ended = ctrport("publish", "web", "8080:80", "0:80", "--config", path)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err == "ctrport: '0:80' has the host port '0'; expected a number from 1 to 65535\n"
+    ended = ctrport("publish", "web", "8080:80", "--config", path)
+    said = f"containerd cannot be reached at {tmp_path}/nobody: No such file or directory"
+    assert ended == Ended(1, "", f"ctrport: {said}\n")
 
 
 # check

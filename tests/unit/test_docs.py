@@ -45,10 +45,14 @@ def wrong(arguments: list[str]) -> str | None:
     if command is None:
         return f"no command {name}"
     flags = {flag: one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    places = [one for one in command.params if isinstance(one, click.Argument)]
     while rest:
-        option = flags.get(rest.pop(0))
+        option = flags.get(word := rest.pop(0))
+        if option is None and places and not word.startswith("-"):
+            places = places if places[0].nargs == -1 else places[1:]
+            continue
         if option is None:
-            return f"{name} has no such option, and takes no arguments: {arguments}"
+            return f"{name} has no such option, or takes no such argument: {arguments}"
         if not option.is_flag and not rest:
             return f"{name} wants a value: {arguments}"
         rest = rest if option.is_flag else rest[1:]
@@ -61,8 +65,11 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 def test_the_check_of_commands_sees_what_is_wrong() -> None:
-    calls = command_lines("x\n  ctrport publish a\nctrport ps --yaml\n/opt/bin/ctrport run --config\n", "ctrport")
-    assert [wrong(call) is not None for call in calls] == [True, True, True]
+    lines = ("x", "  ctrport frob a", "ctrport ps --yaml", "/opt/bin/ctrport run --config", "ctrport ps a", "")
+    calls = command_lines("\n".join(lines), "ctrport")
+    assert [wrong(call) is not None for call in calls] == [True] * 4
+    calls = command_lines("ctrport publish web 8080:80 53:53/udp --json\nctrport unpublish web\n", "ctrport")
+    assert [wrong(call) for call in calls] == [None, None]
     calls = command_lines(
         "ctrport check && systemctl x  # y\na && ctrport ps --json | jq\nctrport run --config F", "ctrport"
     )
