@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import ctrport
 from ctrport import exposition
-from ctrport.connections import Connections, Counts
+from ctrport.connections import SERIES, Connections, Counts
 from ctrport.containerd import TOPICS
 from ctrport.exposition import Exposition
 from ctrport.metrics import render
@@ -189,6 +189,7 @@ def test_every_metric_is_documented_as_it_is_and_no_other() -> None:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `ctrport_")]
     assert rows == documented()
     assert used(PAGE.read_text()) == exported()
+    assert f"At most {SERIES} series" in PAGE.read_text()
 
 
 @pytest.mark.parametrize("values", [STATES, CAUSES, DRIFTS, CALL_ERRORS, TOPICS], ids=lambda values: values[0])
