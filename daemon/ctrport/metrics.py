@@ -55,7 +55,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
         "Whether the kernel holds what it should (1), or could not be written or has not been read yet (0).",
         reading.in_line,
     )
-    yield _gauge("ctrport_warnings", "What `ctrport ps` warns of.", reading.warnings)
+    yield _gauge("ctrport_warnings", "Warnings that `ctrport ps` shows.", reading.warnings)
 
     yield _gauge(
         "ctrport_publications",
@@ -65,17 +65,17 @@ def _of(reading: Reading) -> Iterator[Metric]:
     )
     yield _gauge(
         "ctrport_publications_unmatched",
-        "Those of the waiting that no running container matches.",
+        "Mappings that wait because no running container matches.",
         reading.unmatched,
     )
     yield _gauge(
         "ctrport_publications_without_free_port",
-        "Those in conflict that would take any free host port, or any of a pool, and there is none.",
+        "Mappings in conflict that would take any free host port, or any of a pool, while there is none.",
         reading.starved,
     )
     yield _gauge(
         "ctrport_publications_unreserved",
-        "Those that are published with host ports that another program could take.",
+        "Mappings that are published on host ports that another program could take.",
         reading.unreserved,
     )
     yield _gauge("ctrport_host_ports_held", "Host ports that sockets of the daemon hold.", reading.held_ports)
@@ -108,13 +108,13 @@ def _of(reading: Reading) -> Iterator[Metric]:
     )
     yield _histogram(
         "ctrport_firewall_write_duration_seconds",
-        "Seconds that such a write took, failed or not, waiting for others included.",
+        "Seconds that a write to the kernel took, failed or not, waiting for others included.",
         {(_family(family),): writes for family, writes in tally.writes.items()},
         ("family",),
     )
     yield _counter(
         "ctrport_firewall_write_errors_total",
-        "Writes that failed, those that others had come before included. They are tried again.",
+        "Writes to the kernel that failed, those that others had come before included. They are tried again.",
         {(_family(family),): number for family, number in tally.write_errors.items()},
         ("family",),
     )
@@ -138,7 +138,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
     )
     yield _histogram(
         "ctrport_drift_duration_seconds",
-        "Seconds for which it was so: from the write that did it, or where that is not known from the last look.",
+        "Seconds for which rules were not as they should be: since the write that did it, or since the last look.",
         {(): tally.drift_lasted},
     )
 
@@ -183,7 +183,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
     )
     yield _counter(
         "ctrport_conntrack_errors_total",
-        "Times that such flows could not be looked for or deleted. It is tried again.",
+        "Times that flows of mappings that came or went could not be looked for or deleted. It is tried again.",
         tally.conntrack_errors,
     )
 
@@ -197,7 +197,7 @@ def _of_connections(connections: Connections, age: float | None) -> Iterator[Met
     )
     yield _counter(
         "ctrport_mapping_connections_rest_total",
-        "The same of all mappings without a series of their own, since the daemon has looked first.",
+        "Connections to all mappings without a series of their own, since the daemon has looked first.",
         connections.rest,
     )
     yield _gauge(
@@ -207,7 +207,7 @@ def _of_connections(connections: Connections, age: float | None) -> Iterator[Met
     )
     yield _gauge(
         "ctrport_mapping_connections_age_seconds",
-        "How long ago the kernel was asked for them; with thousands of mappings that is not done for each scrape.",
+        "Seconds since the kernel was asked for connections; with thousands of mappings it is not for each scrape.",
         {} if age is None else age,
     )
 

@@ -15,6 +15,7 @@ from embedded.node import Node
 from embedded.traffic import Refused, Reply, Server, probe_tcp
 from embedded.wait import eventually
 from tests.node.daemon import Ctrport, publish, wait_closed
+from tests.node.prometheus import SETTINGS, scraped
 from tests.node.test_install import UNIT, bounding_set
 
 #: What systemd may make of the unit, 0 to 10.
@@ -22,7 +23,7 @@ EXPOSURE = 2.5
 
 # 443 takes a socket below 1024, 9000 is another user's.
 PORTS = [("{container: web}", f"{port}:80") for port in (8080, 443, 9000)]
-NFT, LEGACY = publish(*PORTS), publish(*PORTS, settings="firewall: {backend: iptables-legacy}")
+NFT, LEGACY = publish(*PORTS, settings=SETTINGS), publish(*PORTS, settings="firewall: {backend: iptables-legacy}")
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,7 @@ def test_what_the_unit_gives_is_enough(its: Ctrport, config: str) -> None:
     start(its, config)
     said = reasons(its)
     assert (said[8080], said[443]) == ("", "")
+    assert config != NFT or scraped(its.node)["ctrport_in_line"] == 1
     assert said[9000].startswith("host port 9000/tcp is held by busybox (pid ")
 
 

@@ -15,7 +15,10 @@ from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ("docs/operating.md", "docs/paths.md", "docs/docker.md", "deploy/kubernetes/README.md")
+DOCS = (
+    *("docs/operating.md", "docs/metrics.md", "docs/paths.md", "docs/docker.md"),
+    *("deploy/kubernetes/README.md", "deploy/prometheus/README.md"),
+)
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 import ctrport
 from ctrport import exposition
-from ctrport.connections import Connections, Counts
+from ctrport.connections import SERIES, Connections, Counts
+from ctrport.containerd import TOPICS
 from ctrport.exposition import Exposition
 from ctrport.metrics import render
 from ctrport.model import Family, State
 from ctrport.owners import owner_of
-from ctrport.tally import Reading, Tally
+from ctrport.tally import CALL_ERRORS, CAUSES, DRIFTS, Reading, Tally
 from tests.unit.worlds import active
+
+ROOT = Path(__file__).resolve().parents[2]
+STATES = [state.value for state in State]
 
 WEB = active("8080:80")
 OWNER = owner_of(WEB)
@@ -143,6 +150,98 @@ def test_every_number_is_told_as_it_is() -> None:
     assert {name for name in families if not name.startswith("process_")} == told
     for name in ("resident_memory_bytes", "cpu_seconds_total", "open_fds", "max_fds", "start_time_seconds"):
         assert found[f"process_{name}"] > 0
+
+
+# What the names are documented as, and used for.
+
+PAGE = ROOT / "docs" / "metrics.md"
+ALERTS = ROOT / "deploy" / "prometheus" / "alerts.yaml"
+DASHBOARD = ROOT / "deploy" / "grafana" / "ctrport.json"
+
+
+def documented() -> list[str]:
+    """Return the rows of the reference table: what docs/metrics.md has to have."""
+    connections, tally = Connections(), Tally()
+    connections.take(seen())
+    tally.expect(["/tasks/start"])
+    rows = []
+    for family in text_string_to_metric_families(render(reading(tally), connections, 1.5).decode()):
+        if family.name.startswith("ctrport_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            labels = {label: None for sample in family.samples for label in sample.labels if label != "le"}
+            shown = ", ".join(f"`{label}`" for label in labels)
+            rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
+    return rows
+
+
+def used(text: str) -> set[str]:
+    """Return the metrics that are named somewhere, without what a histogram adds to its name."""
+    names = set(re.findall(r"\b(?:ctrport|process)_[a-z_]+\b", text)) - {"ctrport_build"}
+    return {re.sub("_(bucket|sum|count)$", "", name) for name in names}
+
+
+def exported() -> set[str]:
+    rows = {row.split("`")[1] for row in documented()}
+    return rows | {key for key in samples(render(reading(), Connections(), None)) if key.startswith("process_")}
+
+
+def test_every_metric_is_documented_as_it_is_and_no_other() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `ctrport_")]
+    assert rows == documented()
+    assert used(PAGE.read_text()) == exported()
+    assert f"At most {SERIES} series" in PAGE.read_text()
+
+
+@pytest.mark.parametrize("values", [STATES, CAUSES, DRIFTS, CALL_ERRORS, TOPICS], ids=lambda values: values[0])
+def test_each_value_of_a_label_is_explained(values: Sequence[str]) -> None:
+    text = PAGE.read_text()
+    assert [value for value in values if f"`{value}`" not in text] == []
+
+
+@pytest.mark.parametrize("file", [ALERTS, DASHBOARD, PAGE.with_name("operating.md")], ids=lambda file: file.name)
+def test_what_is_used_of_metrics_exists(file: Path) -> None:
+    assert used(file.read_text()) - exported() == set()
+    assert len(used(file.read_text())) > 5
+
+
+def alerts() -> list[dict[str, Any]]:
+    [group] = yaml.safe_load(ALERTS.read_text())["groups"]
+    rules: list[dict[str, Any]] = group["rules"]
+    return rules
+
+
+def test_each_alert_leads_to_what_to_do() -> None:
+    page = PAGE.with_name("operating.md")
+    anchors = [
+        re.sub(r"[^a-z0-9 _-]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in page.read_text().splitlines()
+        if line.startswith("#")
+    ]
+    assert len(anchors) == len(set(anchors))
+    for rule in alerts():
+        file, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert file == "docs/operating.md"
+        assert anchor in anchors, rule["alert"]
+        assert anchor == rule["alert"].lower()
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert {"summary", "description"} <= rule["annotations"].keys()
+    told = re.findall(r"^### (Ctrport\w+)$", page.read_text(), re.MULTILINE)
+    assert told == [rule["alert"] for rule in alerts()]
+
+
+def test_the_dashboard_is_one() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    panels = dashboard["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [tuple(panel["gridPos"][key] for key in "xywh") for panel in panels]
+    for number, (x, y, w, h) in enumerate(places):
+        assert x + w <= 24
+        for x2, y2, w2, h2 in places[number + 1 :]:
+            assert x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y, (panels[number]["title"], x2, y2)
+    variables = {f"${one['name']}" for one in dashboard["templating"]["list"]} | {"$__rate_interval"}
+    expressions = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    assert all(set(re.findall(r"\$\w+", expression)) <= variables for expression in expressions)
+    assert {panel["datasource"]["uid"] for panel in panels if panel["type"] != "row"} == {"${datasource}"}
 
 
 def test_before_anything_was_counted_there_is_no_age() -> None:
