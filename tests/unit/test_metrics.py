@@ -22,12 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 import ctrport
 from ctrport import exposition
 from ctrport.connections import SERIES, Connections, Counts
-from ctrport.containerd import TOPICS
 from ctrport.exposition import Exposition
 from ctrport.metrics import render
 from ctrport.model import Family, State
 from ctrport.owners import owner_of
 from ctrport.tally import CALL_ERRORS, CAUSES, DRIFTS, Reading, Tally
+from ctrport.taskevents import TOPICS
 from tests.unit.worlds import active
 
 ROOT = Path(__file__).resolve().parents[2]
