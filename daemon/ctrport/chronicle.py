@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from .events import Event
 from .firewall.drift import Drift
 from .model import Publication, State
+from .owners import owner_of
 from .publish import Change
 from .status import PublicationStatus, shown
 from .suspicion import Grounds
@@ -33,12 +34,16 @@ class Chronicle:
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._since: dict[tuple[str, str, str], datetime] = {}
         self._untold: dict[tuple[str, str, str], tuple[Change, float | None]] = {}
+        # How each was shown last: there are thousands, and most are as they were.
+        self._shown: dict[tuple[str, str, str], tuple[Publication, tuple[object, ...], PublicationStatus]] = {}
 
     def take(self, changes: Iterable[Change], since: float | None) -> None:
         """Take in what changed; ``since`` is when the event came that led to it."""
         for change in changes:
             publication = change.after or change.before
             assert publication is not None
+            if change.after is None:
+                self._shown.pop(_name(publication), None)
             untold = self._untold.pop(_name(publication), None)
             if untold is not None:
                 change, since = Change(untold[0].before, change.after), untold[1]
@@ -92,6 +97,7 @@ class Chronicle:
 
     def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
+        self._shown.clear()
         left = {_wherever(publication): publication for publication in told}
         since, self._since = self._since, {}
         news = []
@@ -103,15 +109,24 @@ class Chronicle:
                 news.append(Change(before, after))
         return news + [Change(before, None) for before in left.values()]
 
-    def shown(self, publication: Publication, remark: str, problem: str) -> PublicationStatus:
+    def shown(self, publication: Publication, remark: str, problem: str, pid: int = 0) -> PublicationStatus:
         """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
-        since = self._since.get(_name(publication))
+        name = _name(publication)
+        since = self._since.get(name)
+        said = (since, remark, problem, pid)
+        known = self._shown.get(name)
+        if known is not None and known[0] is publication and known[1] == said:
+            return known[2]
+        its = publication
         if publication.state is State.ACTIVE:
             if problem:
-                publication = replace(publication, state=State.WAITING, reason=problem, bound=None)
+                its = replace(publication, state=State.WAITING, reason=problem, bound=None)
             else:
-                publication = replace(publication, reason=remark)
-        return PublicationStatus.of(publication, shown(since) if since else "")
+                its = replace(publication, reason=remark)
+        owner = owner_of(publication) if publication.bound is not None else ""
+        status = PublicationStatus.of(its, shown(since) if since else "", pid, owner)
+        self._shown[name] = (publication, said, status)
+        return status
 
     def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
         """Take in what others had done to ours, and tell it; not each time, where they do it again and again.

@@ -22,8 +22,6 @@ from .document import NOTHING, REPORTED, Absent, Document, Location
 from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
 
-DEFAULT_PATH = "/etc/ctrport/config.yaml"
-
 #: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
 PARTS = "conf.d"
 

@@ -52,6 +52,7 @@ from .api import (
 )
 from .declared import NAME
 from .events import warn_once
+from .lines import Failure
 from .model import ContainerKey, is_identifier
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ SANDBOX = "io.cri-containerd.sandbox.metadata"
 LONGEST_SPEC = 1 << 20
 
 
-class ContainerdError(Exception):
+class ContainerdError(Failure):
     """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
 
 

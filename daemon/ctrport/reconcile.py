@@ -30,7 +30,7 @@ from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import Status, networks, shown
+from .status import PublicationStatus, Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 
@@ -80,17 +80,24 @@ class Reconciler:
     """Keeps the publications of one node, and the kernel in line with them.
 
     ``prepare`` makes ready what another configuration takes. ``on_change`` is called whenever what it has to say of
-    itself may have changed; ``status`` says it.
+    itself may have changed; ``status`` says it. ``on_turn`` is called each time that its loop has come round.
     """
 
     def __init__(
-        self, containerd: Containerd, survey: Survey, ground: Ground, prepare: Prepare, on_change: Callable[[], None]
+        self,
+        containerd: Containerd,
+        survey: Survey,
+        ground: Ground,
+        prepare: Prepare,
+        on_change: Callable[[], None],
+        on_turn: Callable[[], None],
     ) -> None:
         self._containerd = containerd
         self._survey = survey
         self._ground = ground
         self._prepare = prepare
         self._on_change = on_change
+        self._on_turn = on_turn
         self._next_config: Config | None = None
         self._stale = ""  # why the configuration in use is not that of the files; empty where it is
         self._table_watch: asyncio.Task[None] | None = None
@@ -182,8 +189,8 @@ class Reconciler:
     async def _run(self) -> None:
         while True:
             self._on_change()
-            systemd.watchdog()
-            await self._containerd.connected(systemd.watchdog)
+            self._on_turn()
+            await self._containerd.connected(self._on_turn)
             try:
                 async with self._containerd.events() as events:
                     version = await self._containerd.version()
@@ -258,7 +265,7 @@ class Reconciler:
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
-            systemd.watchdog()  # here alone while containerd answers: all that a turn has to do is behind it
+            self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
                 await self._change_config(config)
@@ -416,13 +423,21 @@ class Reconciler:
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
-            publications=[
-                self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem)
-                for publication in self._survey.publications
-            ],
+            publications=[self._shown(publication) for publication in self._survey.publications],
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            backend=next(iter(self._dataplane.firewalls.values())).name,
+            families=[family.value for family in self._dataplane.firewalls],
+            layout=layout(self._dataplane.layout),
+            addresses=sorted(map(str, self._survey.facts.addresses)),
+            services=sorted(map(str, self._survey.facts.services)),
         )
+
+    def _shown(self, publication: Publication) -> PublicationStatus:
+        key = publication.container
+        candidate = self._survey.publications.candidate(key) if key is not None else None
+        pid = candidate.container.pid if candidate is not None else 0
+        return self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem, pid)
 
 
 def _cpu() -> float:

@@ -108,3 +108,21 @@ def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pyt
     chronicle.repaired(Drift(surplus=2), Grounds(), 0.0)
     assert len(caplog.messages) == TELL_SAME + 1
     assert "by" not in chronicle.last_repair
+
+
+def test_how_a_publication_is_shown_is_worked_out_anew_only_where_something_of_it_changed() -> None:
+    chronicle = Chronicle()
+    chronicle.take([Change(None, WEB)], None)
+    chronicle.tell(lambda _: "", in_line=True)
+    shown = chronicle.shown(WEB, "", "", 7)
+    assert (shown.owner, shown.pid, shown.state) == ("default/web 8080:80/tcp", 7, "active")
+    assert chronicle.shown(WEB, "", "", 7) is shown
+    assert chronicle.shown(replace(WEB), "", "", 7) is not shown
+    assert chronicle.shown(WEB, "a remark", "", 7).reason == "a remark"
+    failed = chronicle.shown(WEB, "", "somebody has held the lock", 8)
+    assert (failed.owner, failed.bound, failed.pid) == ("default/web 8080:80/tcp", "", 8)
+    moved = active("8080:80", "172.17.0.9")
+    chronicle.take([Change(WEB, moved)], None)
+    assert chronicle.shown(moved, "", "", 7).addresses == ["172.17.0.9"]
+    chronicle.take([Change(moved, None)], None)
+    assert chronicle._shown == {}
