@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from .events import Event
 from .firewall.drift import Drift
 from .model import Publication, State
+from .owners import owner_of
 from .publish import Change
 from .status import PublicationStatus, shown
 from .suspicion import Grounds
@@ -118,18 +119,24 @@ class Chronicle:
                 news.append(Change(before, after))
         return news + [Change(before, None) for before in left.values()]
 
-    def shown(self, publication: Publication, remark: str, problem: str) -> PublicationStatus:
+    def shown(self, publication: Publication, remark: str, problem: str, pid: int = 0) -> PublicationStatus:
         """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
         since = self._since.get(_name(publication))
+        its = publication
         if publication.state is State.ACTIVE:
             if problem:
-                publication = replace(publication, state=State.WAITING, reason=problem, bound=None)
+                its = replace(publication, state=State.WAITING, reason=problem, bound=None)
             else:
-                publication = replace(publication, reason=remark)
-        return PublicationStatus.of(publication, shown(since) if since else "")
+                its = replace(publication, reason=remark)
+        owner = owner_of(publication) if publication.bound is not None else ""
+        return PublicationStatus.of(its, shown(since) if since else "", pid, owner)
 
     def all_shown(
-        self, publications: Iterable[Publication], remark: Callable[[Publication], str], problem: str
+        self,
+        publications: Iterable[Publication],
+        remark: Callable[[Publication], str],
+        problem: str,
+        pid: Callable[[Publication], int] = lambda _: 0,
     ) -> list[PublicationStatus]:
         """Return publications as they are shown. Those of which nothing was told since the last time are as they were.
 
@@ -142,7 +149,10 @@ class Chronicle:
         for publication in publications:
             its = known.get(id(publication))
             if its is None:
-                its = known[id(publication)] = (publication, self.shown(publication, remark(publication), problem))
+                its = known[id(publication)] = (
+                    publication,
+                    self.shown(publication, remark(publication), problem, pid(publication)),
+                )
             found.append(its[1])
         if len(known) > 2 * len(found):  # most of them are over
             self.look_anew()

@@ -6,7 +6,6 @@ is one line, never a traceback.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -16,16 +15,23 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from . import __version__, configfiles, logs, status
-from .config import DEFAULT_PATH, Config, ConfigError
-from .containerd import ContainerdError
-from .firewall import Firewall, FirewallError
-from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, rows, table
+from . import __version__, status
+from . import ps as ps_
+from .lines import Failure
+from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, rows
 
 if TYPE_CHECKING:
+    from .config import Config
+    from .firewall import Firewall
     from .live import Outcome
     from .model import Family
     from .rules import Layout
+
+# What takes long to import is imported by the commands that need it: `ctrport ps` asks a running daemon and the kernel,
+# and does without gRPC and pydantic.
+
+#: Where the configuration is, unless it is said.
+DEFAULT_PATH = "/etc/ctrport/config.yaml"
 
 T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -69,7 +75,9 @@ def _directory_option(command: Command) -> Command:
 )
 def run(path: str, directory: Path, verbose: bool, style: str) -> None:
     """Run the daemon until SIGTERM."""
-    from . import events
+    import asyncio
+
+    from . import events, logs
     from . import run as daemon
 
     logs.begin(verbose, style)
@@ -77,14 +85,14 @@ def run(path: str, directory: Path, verbose: bool, style: str) -> None:
     _as_root("run")
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(status.only_one(directory))
+            lock = held.enter_context(status.only_one(directory))
         except status.AlreadyRunning as error:
             fail(str(error))
         except OSError as error:
             fail(f"the run directory {directory} cannot be used: {error.strerror}")
         held.enter_context(events.recorded(directory))
         try:
-            asyncio.run(daemon.run(config, path, directory))
+            asyncio.run(daemon.run(config, path, directory, lock))
         except daemon.Failed:
             raise SystemExit(FAILED) from None
 
@@ -98,23 +106,71 @@ def check(path: str) -> None:
     click.echo(f"{one_line(path)}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
 
 
+def _filter_options(command: Command) -> Command:
+    states = click.Choice(ps_.STATES)
+    for option in (
+        click.option("--state", "states", multiple=True, type=states, help="Only in this state; repeatable."),
+        click.option("--namespace", "namespaces", multiple=True, metavar="GLOB", help="Only of this of containerd's."),
+        click.option("--name", "names", multiple=True, metavar="GLOB", help="Only of this container, or pod:NS/NAME."),
+    ):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @_config_option
 @_directory_option
+@_filter_options
+@click.option("--wide", is_flag=True, help="With the device, who may reach it, the process, and where it is declared.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
-def ps(path: str, directory: Path, as_json: bool) -> None:
-    """Show what is published, and why the rest is not."""
-    running = status.is_running(directory)
-    current = status.read(directory) if running else None
-    if current is None or not current.running:
-        _as_root("ps, while no daemon answers,")
-        current = _without_daemon(_load(path), directory)
-        what = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
-        click.echo(f"{what}; this is what can be seen without it", err=True)
+@click.option("--check", is_flag=True, help="One line, and exit status 1 unless all that is declared is active.")
+@click.option("--watch", is_flag=True, help="Go on, and show it again when something of it changes.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="With --watch: end when it was shown N times.")
+def ps(
+    path: str,
+    directory: Path,
+    states: tuple[str, ...],
+    namespaces: tuple[str, ...],
+    names: tuple[str, ...],
+    wide: bool,
+    as_json: bool,
+    check: bool,
+    watch: bool,
+    count: int | None,
+) -> None:
+    """Show what is published, and why the rest is not: what is declared, and what of it the kernel holds."""
+    from . import seen
+
+    chosen = ps_.Filter(states, namespaces, names)
+    if check and (watch or states):
+        raise click.UsageError("--check judges every state, once: leave --watch and --state out")
+    if watch and as_json:
+        raise click.UsageError("--watch is for people: leave --json out")
+    if count is not None and not watch:
+        raise click.UsageError("--count is for --watch")
+
+    def look() -> seen.Seen:
+        return seen.look(directory, lambda: _load(path), chosen)
+
+    if watch:
+        seen.watch(look, wide, count)
+        return
+    try:
+        found = look()
+    except Failure as error:
+        if check:
+            down = "" if status.is_running(directory) else "the daemon is down; "
+            click.echo(one_line(f"not ok: {down}{error}"), err=as_json)
+            raise SystemExit(FAILED) from None
+        fail(str(error))
+    if not check:
+        found.show(wide, as_json)
+        return
+    right, line = found.verdict()
     if as_json:
-        click.echo(current.to_json())
-    else:
-        table(current)
+        click.echo(found.status.to_json())
+    click.echo(one_line(line), err=as_json)
+    raise SystemExit(0 if right else FAILED)
 
 
 @cli.command()
@@ -233,14 +289,6 @@ def _end(outcome: Outcome) -> None:
         raise SystemExit(FAILED)
 
 
-def _without_daemon(config: Config, directory: Path) -> status.Status:
-    from . import run as daemon
-    from .report import without_daemon
-
-    layout = daemon.layout(config)
-    return _await(without_daemon(config, _await(_firewalls(config, layout)), layout, directory))
-
-
 async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:
     from .firewall.backends import firewalls
     from .firewall.detect import choose
@@ -250,6 +298,9 @@ async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:
 
 def _load(path: str) -> Config:
     """Read the configuration and the parts beside it, or end with every problem they have."""
+    from . import configfiles
+    from .config import ConfigError
+
     try:
         return configfiles.load(path)
     except ConfigError as error:
@@ -261,9 +312,11 @@ def _load(path: str) -> Config:
 
 
 def _await(work: Coroutine[Any, Any, T]) -> T:
+    import asyncio
+
     try:
         return asyncio.run(work)
-    except (FirewallError, ContainerdError) as error:
+    except Failure as error:
         fail(str(error))
 
 

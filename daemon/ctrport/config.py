@@ -33,8 +33,6 @@ from .model import (
 )
 from .ports import PortSpecError, quoted
 
-DEFAULT_PATH = "/etc/ctrport/config.yaml"
-
 #: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
 PARTS = "conf.d"
 

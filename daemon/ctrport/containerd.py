@@ -49,6 +49,7 @@ from .api import (
     version_pb2_grpc,
 )
 from .events import warn_once
+from .lines import Failure
 from .model import ContainerKey, Live, Mapping
 from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, value_of
 from .tally import Tally
@@ -83,7 +84,7 @@ CHANNEL_OPTIONS = (
 _RUNNING = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
 
 
-class ContainerdError(Exception):
+class ContainerdError(Failure):
     """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
 
 

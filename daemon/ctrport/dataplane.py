@@ -63,6 +63,7 @@ class Transition:
 class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
+    ``firewalls`` and ``layout`` are what the rules are written with, and what shapes them.
     At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
     the plans that were written. ``complaint`` is what could not be done though the rules are right. ``others`` are
     tables that are to hold nothing of ours, and may: another backend's. ``chosen`` are the host ports that an earlier
@@ -79,9 +80,9 @@ class Dataplane:
         tally: Tally | None = None,
     ) -> None:
         self._tally = Tally() if tally is None else tally
-        self._firewalls = dict(firewalls)
+        self.firewalls = dict(firewalls)
+        self.layout = layout
         self._others = tuple(others)
-        self._layout = layout
         standing = (rule for family in firewalls for rule in (*skeleton(layout, family), *isolation(layout, family)))
         self._wanted = Ruleset(standing)
         self._node = NodeFacts(frozenset(), frozenset())
@@ -113,7 +114,7 @@ class Dataplane:
             with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
                 await other.read(words=False)
                 self._learn(other)
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.read()
             self._learn(firewall)
 
@@ -177,7 +178,7 @@ class Dataplane:
     async def _write_change(self, difference: Difference, changes: Sequence[Change]) -> bool:
         """Write a difference alone, and return whether that could be done: not in chains that are others by now."""
         self.in_line = False
-        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
+        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self.firewalls.items()]
         off = [record.device for record in _records(difference.removed) if record.ours]
         on = [record.device for record in _records(difference.added)]
         active = [change.after for change in changes if change.after is not None]
@@ -200,6 +201,14 @@ class Dataplane:
         """Return what a mending ``follow`` would do, and do nothing. Raises ``FirewallError``."""
         self._take_in(changes, node)
         return await self._transition(words=True)
+
+    async def glance(self, changes: Sequence[Change], node: NodeFacts) -> Transition:
+        """Return what ``start`` and then ``preview`` would, at a glance: one look a family (see ``Firewall.read``)."""
+        for firewall in self.firewalls.values():
+            await firewall.read(words=False)
+            self._learn(firewall)
+        self._take_in(changes, node)
+        return self._due()
 
     async def _mend(self) -> list[tuple[Firewall, AnyPlan]]:
         """Return what it took; what it would have taken, too, where somebody was still writing meanwhile."""
@@ -227,10 +236,15 @@ class Dataplane:
 
     async def _transition(self, *, words: bool) -> Transition:
         """Read what the kernel holds, and return what brings it in line; see ``Firewall.read`` for ``words``."""
+        for firewall in self.firewalls.values():
+            await firewall.read(words=words)
+        return self._due()
+
+    def _due(self) -> Transition:
+        """Return what brings the kernel in line with what is wanted, by what was read last."""
         plans = []
         left_over: dict[str, LocalnetRecord] = {}
-        for family, firewall in self._firewalls.items():
-            await firewall.read(words=words)
+        for family, firewall in self.firewalls.items():
             left_over.update({record.device: record for record in firewall.localnet_records})
             plans.append((firewall, firewall.plan(rule for rule in self._wanted if rule.family is family)))
         wanted = _records(self._wanted)
@@ -255,7 +269,7 @@ class Dataplane:
         """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
         found = dict[Family, dict[str, int]]()
         try:
-            for family, firewall in self._firewalls.items():
+            for family, firewall in self.firewalls.items():
                 found[family] = {its: count.packets for its, count in (await firewall.counters()).items()}
         except FirewallError as error:
             log.debug("connections cannot be counted, what was known of them stands: %s", error)
@@ -264,13 +278,13 @@ class Dataplane:
 
     async def prepare(self) -> None:
         """Make ready for the next change, while there is time."""
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.prepare()
 
     async def close(self) -> None:
         """Give up what ``prepare`` holds, and the flows that are being removed. The host ports are held on."""
         await self._flows.close()
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.close()
 
     async def sweep(self) -> None:
@@ -278,7 +292,7 @@ class Dataplane:
 
         To be called when the kernel is in line: no port is closed by it.
         """
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             try:
                 plan = await firewall.plan_sweep()
                 if plan:
@@ -317,7 +331,7 @@ class Dataplane:
     async def _write(self, transition: Transition) -> None:
         for device in transition.localnet_off:
             _switch(device, False)
-        for family, (firewall, plan) in zip(self._firewalls, transition.plans, strict=True):
+        for family, (firewall, plan) in zip(self.firewalls, transition.plans, strict=True):
             self.transactions += bool(plan)
             with self._counted(family) if plan else contextlib.nullcontext():
                 await firewall.apply(plan)
@@ -406,25 +420,25 @@ class Dataplane:
         """Return the rules that the node itself asks for, but for those that ``besides`` asks for too."""
         rules: list[Rule] = []
         for address in _sorted(node.addresses - besides.addresses):
-            rules += rules_at(address, self._layout)
+            rules += rules_at(address, self.layout)
         for service in _sorted(node.services - besides.services):
-            rules += rules_beside(service, self._layout)
+            rules += rules_beside(service, self.layout)
         for network in node.networks:
             if network not in besides.networks:
-                rules += rules_of(network, self._layout, self._firewalls)
-        return [rule for rule in rules if rule.family in self._firewalls]
+                rules += rules_of(network, self.layout, self.firewalls)
+        return [rule for rule in rules if rule.family in self.firewalls]
 
     def _rules(self, publication: Publication) -> tuple[Rule, ...]:
-        device = needs_localnet(publication, self._layout)
+        device = needs_localnet(publication, self.layout)
         if device is None:
-            return rules_for(publication, self._layout)
+            return rules_for(publication, self.layout)
         if device not in self._localnet_ours:
             try:
                 self._localnet_ours[device] = not _is_on(device)
             except FirewallError:
                 self._localnet_ours[device] = True  # left on by mistake it would have no guard
         ours = self._localnet_ours[device]
-        return rules_for(publication, self._layout, localnet_ours=ours)
+        return rules_for(publication, self.layout, localnet_ours=ours)
 
 
 async def remove_everything(firewall: Firewall) -> bool:

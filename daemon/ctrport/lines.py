@@ -1,10 +1,14 @@
-"""Text for people as single lines, whatever names are in it: of the log, and on a terminal."""
+"""Text for people as single lines, whatever names are in it: of the log, on a terminal, and of what failed."""
 
 from __future__ import annotations
 
 import re
 
 _PLAIN = re.compile(r'[^\s"=\\]+')
+
+
+class Failure(Exception):
+    """Something could not be done, as may happen; the message is one sentence for people."""
 
 
 def one_line(text: str) -> str:

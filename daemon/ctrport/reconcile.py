@@ -31,7 +31,7 @@ from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import Status, networks, shown
+from .status import Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
@@ -84,6 +84,7 @@ class Reconciler:
 
     ``prepare`` makes ready what another configuration takes. ``on_change`` is called whenever what it has to say of
     itself may have changed; ``status`` says it, and ``reading`` says it in numbers, with those of ``tally``.
+    ``on_turn`` is called each time that its loop has come round.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Reconciler:
         ground: Ground,
         prepare: Prepare,
         on_change: Callable[[], None],
+        on_turn: Callable[[], None],
         tally: Tally | None = None,
     ) -> None:
         self._tally = Tally() if tally is None else tally
@@ -102,6 +104,7 @@ class Reconciler:
         self._ground = ground
         self._prepare = prepare
         self._on_change = on_change
+        self._on_turn = on_turn
         self._next_config: Config | None = None
         self._stale = ""  # why the configuration in use is not that of the files; empty where it is
         self._reloaded_at = time.time()
@@ -225,8 +228,8 @@ class Reconciler:
     async def _run(self) -> None:
         while True:
             self._on_change()
-            systemd.watchdog()
-            await self._containerd.connected(systemd.watchdog)
+            self._on_turn()
+            await self._containerd.connected(self._on_turn)
             try:
                 async with self._containerd.events() as events:
                     self._tally.subscriptions += 1
@@ -304,7 +307,7 @@ class Reconciler:
         await self._dataplane.prepare()
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
-            systemd.watchdog()  # here alone while containerd answers: all that a turn has to do is behind it
+            self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
                 with self._turn("configuration"):
@@ -475,11 +478,23 @@ class Reconciler:
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
-            publications=self._chronicle.all_shown(self._survey.publications, self._dataplane.remark, self._problem),
+            publications=self._chronicle.all_shown(
+                self._survey.publications, self._dataplane.remark, self._problem, self._pid
+            ),
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=self._warnings,
             revisions={str(key): revision for key, revision in self._revisions.items()},
+            backend=next(iter(self._dataplane.firewalls.values())).name,
+            families=[family.value for family in self._dataplane.firewalls],
+            layout=layout(self._dataplane.layout),
+            addresses=sorted(map(str, self._survey.facts.addresses)),
+            services=sorted(map(str, self._survey.facts.services)),
         )
+
+    def _pid(self, publication: Publication) -> int:
+        key = publication.container
+        candidate = self._survey.publications.candidate(key) if key is not None else None
+        return candidate.container.pid if candidate is not None else 0
 
     def reading(self) -> Reading:
         """Return in numbers what there is to say now, at a cost of microseconds: no publication is looked at."""
@@ -490,7 +505,7 @@ class Reconciler:
         held, limit = self._dataplane.held_ports
         return Reading(
             version=__version__,
-            backend=next((firewall.name for firewall in self._ground.firewalls.values()), "none"),
+            backend=next((firewall.name for firewall in self._dataplane.firewalls.values()), "none"),
             counted=self._tally.copy(),
             states=states,
             unmatched=publications.unmatched,

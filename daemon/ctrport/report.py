@@ -16,10 +16,11 @@ from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
 from .firewall import Firewall
 from .hostports import Reservations
+from .installed import Sight, shown
 from .listeners import UNKNOWN
-from .model import Family, Holder, Publication, State
+from .model import Family, Holder
 from .owners import owner_of
-from .rules import Layout, Rule
+from .rules import Layout
 from .survey import Survey
 
 # What is said of a socket that systemd alone has: one of tcp, which does not listen, is in no table of the kernel's.
@@ -37,18 +38,26 @@ async def without_daemon(
     """
     survey, due, version = await _look(config, firewalls, layout, directory)
     last = status.read(directory)
-    publications = [_as_it_is(publication, due) for publication in survey.publications]
-    lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
-    return status.Status(
+    since = {its.owner: its.since for its in last.publications if its.owner} if last is not None else {}
+    publications = [status.PublicationStatus.of(each, "") for each in survey.publications]
+    current = status.Status(
         version=__version__,
         running=False,
         pid=0,
         updated=last.updated if last is not None else "",
         containerd=f"answers, version {version}",
-        firewall=_summary(due, lost),
-        publications=[status.PublicationStatus.of(publication, "") for publication in publications],
+        firewall="",
+        publications=[replace(its, since=since.get(its.owner, "")) for its in publications],
+        networks=status.networks(survey.facts, survey.amiss),
         warnings=list(survey.warnings),
+        backend=next(iter(firewalls.values())).name,
+        families=[family.value for family in firewalls],
+        layout=status.layout(layout),
+        addresses=sorted(map(str, survey.facts.addresses)),
+        services=sorted(map(str, survey.facts.services)),
     )
+    seen = shown(current, await Sight.of(due, firewalls.values()), NOT_INSTALLED)
+    return replace(seen, firewall=_summary(due, sum(its.installed is False for its in seen.publications)))
 
 
 async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> list[str]:
@@ -116,22 +125,3 @@ def _summary(due: Transition, lost: int) -> str:
     if lost:
         return f"{lost} mapping{'s are' if lost > 1 else ' is'} not all in the kernel"
     return "not in line: there is more in the kernel than should be, or elsewhere" if due else "in line"
-
-
-def _as_it_is(publication: Publication, due: Transition) -> Publication:
-    """Return a publication as far as the kernel holds it: active only where nothing that it needs is missing."""
-    if publication.state is not State.ACTIVE:
-        return publication
-    devices = {attachment.device for attachment in publication.attachments}
-    missing = (rule for _, plan in due.plans for rule in plan.added)
-    if not any(_needs(publication, rule) for rule in missing) and devices.isdisjoint(due.localnet_on):
-        return publication
-    return replace(publication, state=State.WAITING, reason=NOT_INSTALLED, attachments=(), bound=None)
-
-
-def _needs(publication: Publication, rule: Rule) -> bool:
-    """Whether a rule is the publication's own, its device's, or one that all of them need."""
-    kind, _, name = rule.owner.partition(" ")
-    if "/" in kind:
-        return rule.owner == owner_of(publication)
-    return kind != "device" or name.split(" ")[0] in {attachment.device for attachment in publication.attachments}

@@ -74,13 +74,14 @@ class Failed(Exception):
     """The daemon could not go on; why is in the log."""
 
 
-async def run(config: Config, path: str, directory: Path) -> None:
+async def run(config: Config, path: str, directory: Path, lock: status.Lock) -> None:
     """Run until SIGTERM or SIGINT, with ``config`` at first, and then with what the files at ``path`` have.
 
-    ``directory`` is the run directory, whose lock the caller holds. Raises ``Failed`` where it cannot begin or go on.
+    ``directory`` is the run directory, whose ``lock`` the caller holds. Raises ``Failed`` where it cannot begin or go
+    on.
     """
     try:
-        await _run(config, path, directory)
+        await _run(config, path, directory, lock)
     except (FirewallError, ContainerdError) as error:
         log.error(Event("stopped", reason=str(error)))
         raise Failed from error
@@ -89,7 +90,7 @@ async def run(config: Config, path: str, directory: Path) -> None:
         raise Failed from error
 
 
-async def _run(config: Config, path: str, directory: Path) -> None:
+async def _run(config: Config, path: str, directory: Path, lock: status.Lock) -> None:
     log.info(Event("started", version=__version__, pid=os.getpid(), kernel=os.uname().release))
     log.info(_declared(config, path))
     kept = systemd.received()
@@ -100,6 +101,10 @@ async def _run(config: Config, path: str, directory: Path) -> None:
     changed, changed_for_metrics = asyncio.Event(), asyncio.Event()
     reservations, tally = Reservations(0, store=store), Tally()
     told = ""
+
+    def turned() -> None:
+        systemd.watchdog()
+        lock.turned()
 
     async def prepare(config: Config) -> Ground:
         nonlocal told
@@ -120,7 +125,7 @@ async def _run(config: Config, path: str, directory: Path) -> None:
         adopted = reservations.adopt(kept)
         log.info(Event("host-ports", limit=reservations.limit, kept=adopted))
         log.info(Event("neighbours", **(neighbours.found() or {"found": "none"})))
-        reconciler = Reconciler(containerd, survey, ground, prepare, on_change, tally)
+        reconciler = Reconciler(containerd, survey, ground, prepare, on_change, turned, tally)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),

@@ -180,3 +180,13 @@ def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pyt
     chronicle.repaired(Drift(surplus=2), Grounds(), 0.0)
     assert len(caplog.messages) == TELL_SAME + 1
     assert "by" not in chronicle.last_repair
+
+
+def test_whoever_asks_the_kernel_is_told_whose_rules_to_look_for_whatever_the_state() -> None:
+    chronicle = Chronicle()
+    chronicle.take([Change(None, WEB)], None)
+    chronicle.tell(lambda _: "", in_line=True)
+    [shown] = chronicle.all_shown([WEB], lambda _: "", "", lambda _: 7)
+    assert (shown.owner, shown.pid, shown.state) == ("default/web 8080:80/tcp", 7, "active")
+    failed = chronicle.shown(WEB, "", "somebody has held the lock", 8)
+    assert (failed.owner, failed.bound, failed.pid) == ("default/web 8080:80/tcp", "", 8)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -108,6 +109,8 @@ def test_each_command_has_help(ctrport: Run, command: str) -> None:
         *(["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]),
         *(["plan", "config.yaml"], ["plan", "--config"], ["plan", "--json"]),
         *(["publish"], ["publish", "web"], ["unpublish"], ["publish", "web", "8080:80", "--force"]),
+        *(["ps", "--check", "--state", "active"], ["ps", "--check", "--watch"], ["ps", "--watch", "--json"]),
+        *(["ps", "--state", "gone"], ["ps", "--count", "1"], ["ps", "--watch", "--count", "0"]),
     ],
     ids=" ".join,
 )
@@ -315,6 +318,9 @@ RUNNING = Status(
 )
 
 
+UNASKED = "the kernel was not asked: that takes root; this is the daemon's word\n"
+
+
 @contextmanager
 def daemon(directory: Path, said: Status | str | None = RUNNING) -> Iterator[None]:
     """Hold the lock as a daemon does that has said this of itself."""
@@ -329,12 +335,13 @@ def daemon(directory: Path, said: Status | str | None = RUNNING) -> Iterator[Non
 def test_ps_prints_whole_lines_where_no_terminal_is(ctrport: Run, tmp_path: Path, nobody: None) -> None:
     with daemon(tmp_path):
         ended = ctrport("ps", "--run-dir", str(tmp_path))
-    assert (ended.status, ended.err) == (0, "")
+    assert (ended.status, ended.err) == (0, UNASKED)
     header, active, unmatched = ended.out.splitlines()
-    assert header.split() == ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON"]
-    assert active.split() == ["default/web", "8080:80/tcp", "172.17.0.2", "active", "since", ACTIVE.since]
+    assert header.split() == ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "SINCE", "CONNECTIONS", "REASON"]
+    assert active.split()[:4] == ["default/web", "8080:80/tcp", "172.17.0.2", "active"]
+    assert re.fullmatch(r"\d+d ago +-", active.split(None, 4)[4])
     # What looks like markup is text, here and above.
-    assert unmatched.split(None, 4)[:4] == ["-", "[2001:db8::1]:81:80/tcp", "-", "waiting"]
+    assert unmatched.split(None, 6)[:4] == ["-", "[2001:db8::1]:81:80/tcp", "-", "waiting"]
     assert unmatched.endswith(UNMATCHED.reason.rstrip())
     assert "\x1b" not in ended.out
 
@@ -342,14 +349,14 @@ def test_ps_prints_whole_lines_where_no_terminal_is(ctrport: Run, tmp_path: Path
 def test_ps_says_what_keeps_published_ports_from_working(ctrport: Run, tmp_path: Path, nobody: None) -> None:
     with daemon(tmp_path, replace(RUNNING, warnings=["all is lost"])):
         ended = ctrport("ps", "--run-dir", str(tmp_path))
-    assert (ended.status, ended.err) == (0, "warning: all is lost\n")
+    assert (ended.status, ended.err) == (0, f"{UNASKED}warning: all is lost\n")
 
 
 def test_ps_gives_programs_the_status_as_it_is(ctrport: Run, tmp_path: Path, nobody: None) -> None:
     with daemon(tmp_path):
         ended = ctrport("ps", "--json", "--run-dir", str(tmp_path))
-    assert (ended.status, ended.err) == (0, "")
-    assert Status.from_json(ended.out) == RUNNING
+    assert (ended.status, ended.err) == (0, UNASKED)
+    assert Status.from_json(ended.out) == replace(RUNNING, kernel="not asked: that takes root")
 
 
 @pytest.mark.parametrize(
@@ -370,6 +377,134 @@ def test_ps_does_not_take_the_word_of_a_daemon_that_is_gone(ctrport: Run, tmp_pa
     status.write(tmp_path, RUNNING)  # as one that was killed leaves it
     ended = ctrport("ps", "--run-dir", str(tmp_path), "--config", written(tmp_path, GOOD))
     assert (ended.status, ended.out) == (1, "")
+
+
+def test_ps_wide_says_where_it_is_declared(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    with daemon(tmp_path):
+        header, active, _ = ctrport("ps", "--wide", "--run-dir", str(tmp_path)).out.splitlines()
+    assert header.split()[6:11] == ["DEVICE", "FROM", "PID", "SANDBOX", "SOURCE"]
+    assert ACTIVE.since in active
+    assert ACTIVE.source in active
+
+
+def test_ps_shows_what_is_asked_for(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    def shown(*options: str) -> list[str]:
+        ended = ctrport("ps", "--run-dir", str(tmp_path), *options)
+        assert ended.status == 0
+        return [line.split()[3] for line in ended.out.splitlines()[1:]]
+
+    with daemon(tmp_path):
+        assert shown("--state", "waiting") == ["waiting"]
+        assert shown("--state", "waiting", "--state", "active") == ["active", "waiting"]
+        assert shown("--namespace", "def*", "--name", "w?b") == ["active"]
+        assert shown("--name", "default/web", "--name", "x") == ["active"]
+        assert shown("--name", "x") == []
+        only = ctrport("ps", "--run-dir", str(tmp_path), "--json", "--state", "active").out
+        assert [its.mapping for its in Status.from_json(only).publications] == ["8080:80/tcp"]
+
+
+def test_ps_check_is_one_line_and_an_exit_status(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    with daemon(tmp_path):
+        ended = ctrport("ps", "--check", "--run-dir", str(tmp_path))
+        assert (ended.status, ended.err) == (1, "")
+        [line] = ended.out.splitlines()
+        assert line.startswith(
+            "not ok: 1 of 2 publications are not active, the worst: waiting - [2001:db8::1]:81:80/tcp"
+        )
+        ended = ctrport("ps", "--check", "--name", "web", "--run-dir", str(tmp_path))
+        assert (ended.status, ended.err) == (0, "")
+        assert ended.out.startswith("ok: 1 of 1 publication is active (the kernel: not asked")
+        ended = ctrport("ps", "--check", "--name", "shop", "--run-dir", str(tmp_path))
+        assert (ended.status, ended.out) == (1, "not ok: nothing is declared that matches\n")
+        # Programs get both: the line is for people then.
+        ended = ctrport("ps", "--check", "--json", "--run-dir", str(tmp_path))
+        assert ended.status == 1
+        assert len(Status.from_json(ended.out).publications) == 2
+        assert ended.err.startswith("not ok: 1 of 2")
+
+
+def test_ps_check_of_a_daemon_that_hangs(
+    ctrport: Run, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    with status.only_one(tmp_path) as lock:
+        status.write(tmp_path, replace(RUNNING, publications=[ACTIVE]))
+        lock.turned()
+        assert ctrport("ps", "--check", "--run-dir", str(tmp_path)).status == 0
+        monkeypatch.setattr(time, "monotonic", lambda: now + 75)
+        ended = ctrport("ps", "--check", "--run-dir", str(tmp_path))
+        assert (ended.status, ended.out) == (1, "not ok: the daemon hangs, for 75 s\n")
+        ended = ctrport("ps", "--run-dir", str(tmp_path))
+        assert (ended.status, len(ended.out.splitlines())) == (0, 2)
+        assert "the daemon hangs: it has not come round for 75 s" in ended.err
+
+
+def test_ps_check_without_daemon_and_root_is_a_line_too(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    ended = ctrport("ps", "--check", "--run-dir", str(tmp_path), "--config", written(tmp_path, GOOD))
+    assert (ended.status, ended.err) == (1, "")
+    assert ended.out == (
+        "not ok: the daemon is down; ctrport ps, while no daemon answers, needs root: "
+        "it works with the kernel's tables\n"
+    )
+
+
+def test_ps_watch_prints_a_block_for_each_change(
+    ctrport: Run, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting = replace(ACTIVE, state="waiting", reason="it is gone", since="")
+    steps: list[Status] = [
+        replace(RUNNING, publications=[ACTIVE], events=1),
+        replace(RUNNING, publications=[ACTIVE], events=2, updated="later"),  # no news
+        replace(RUNNING, publications=[waiting]),
+    ]
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        status.write(tmp_path, steps[len(slept)])
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    with daemon(tmp_path, steps[0]):
+        ended = ctrport("ps", "--watch", "--count", "2", "--run-dir", str(tmp_path))
+    assert (ended.status, ended.err) == (0, "")
+    first, second = ended.out.split("\n\n")
+    assert "active" in first
+    assert "waiting" in second
+    assert "\x1b" not in ended.out
+    assert len(slept) == 2
+
+
+def test_ps_watch_outlives_a_daemon_and_ends_with_ctrl_c(
+    ctrport: Run, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    ended = ctrport("ps", "--watch", "--run-dir", str(tmp_path), "--config", written(tmp_path, GOOD))
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out == "ctrport ps, while no daemon answers, needs root: it works with the kernel's tables\n"
+
+
+def test_ps_with_a_daemon_imports_nothing_that_takes_long(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nos.geteuid = lambda: 65534\nsys.argv[1:] = ['ps', '--run-dir', sys.argv[1]]\n"
+        "from ctrport import cli\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "import ctrport.installed\n"
+        "print(*sorted({'grpc', 'google', 'pydantic', 'yaml', 'rich'} & sys.modules.keys()), file=sys.stderr)\n"
+    )
+    with daemon(tmp_path):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path)],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "daemon")},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert ended.stderr == f"{UNASKED}\n"
 
 
 def test_clean_refuses_while_a_daemon_holds_the_lock(ctrport: Run, tmp_path: Path, root: None) -> None:

@@ -20,6 +20,7 @@ WALL = {
 SHOWN = {
     ("chronicle.py", "_note"),
     ("events.py", "moment"),
+    ("ps.py", "_age"),
     ("reconcile.py", "status"),
     ("reconcile.py", "__init__"),
     ("reconcile.py", "_reloaded"),

@@ -35,7 +35,6 @@ def test_defaults() -> None:
         Firewall(backend="auto", chain="DOCKER", position="auto", localhost=True, on_stop="keep"),
         (),
     )
-    assert config.DEFAULT_PATH == "/etc/ctrport/config.yaml"
 
 
 def test_every_key() -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
+from ..lines import Failure
 from ..model import Count, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import Difference, Rule
 from .drift import Drift
 
 
-class FirewallError(Exception):
+class FirewallError(Failure):
     """The kernel's tables could not be read or written; the message is one sentence for people."""
 
 
