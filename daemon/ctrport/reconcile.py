@@ -347,8 +347,9 @@ class Reconciler:
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
-        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
-        for warning in self._survey.warnings:
+        warnings = (*self._survey.warnings, *self._dataplane.warnings)
+        before, self._told = self._told, (self._survey.amiss, warnings)
+        for warning in warnings:
             if warning not in before[1]:
                 log.warning("%s", warning)
         if self._told != before:
@@ -405,7 +406,11 @@ class Reconciler:
                 for publication in self._survey.publications
             ],
             networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            warnings=[
+                *filter(None, [self._blind, self._dataplane.complaint]),
+                *self._survey.warnings,
+                *self._dataplane.warnings,
+            ],
         )
 
 
