@@ -33,7 +33,7 @@ from .nlmsg import (
 
 _NETFILTER = 12  # NETLINK_NETFILTER, which not every Python has
 _GROUP_NFTABLES = 7
-_GETCHAIN, _GETRULE, _DELRULE, _NEWGEN = (10 << 8) | 4, (10 << 8) | 7, (10 << 8) | 8, (10 << 8) | 15
+_GETTABLE, _GETCHAIN, _GETRULE, _DELRULE, _NEWGEN = ((10 << 8) | number for number in (1, 4, 7, 8, 15))
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _BATCH = struct.pack(">BBH", 0, 0, 10)  # what is said in it is for nf_tables
 _TRIES = 5
@@ -86,6 +86,26 @@ class NfTables(Conversation):
         """Return all chains of a family, each behind the name of its table. Raises ``Interrupted``."""
         its = (read_attributes(message[4:]) for message in self.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0)))
         return {(text(chain.get(1, b"")), text(chain.get(3, b""))) for chain in its}
+
+    def has_table(self, family: int, table: str) -> bool:
+        """Whether there is a table of that name."""
+        try:
+            self.ask(_GETTABLE, _head(family, table))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def accepts(self, family: int, table: str, chain: str) -> bool:
+        """Whether what a chain lets pass to its end goes on, by its policy; also where there is no such chain."""
+        try:
+            answer = self.ask(_GETCHAIN, _head(family, table) + attribute(3, chain.encode() + b"\0"))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return True
+            raise
+        return int.from_bytes(read_attributes(answer[4:]).get(5, b"\1"), "big") == 1
 
     def commit(self, changes: Sequence[Message]) -> None:
         """Have changes made at once, or none of them. Takes 0.1 ms, and what each of them takes.

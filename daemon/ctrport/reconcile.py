@@ -421,8 +421,9 @@ class Reconciler:
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
-        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
-        for warning in self._survey.warnings:
+        warnings = (*self._survey.warnings, *self._dataplane.warnings)
+        before, self._told = self._told, (self._survey.amiss, warnings)
+        for warning in warnings:
             if warning not in before[1]:
                 log.warning("%s", warning)
         if self._told != before:
@@ -528,7 +529,8 @@ class Reconciler:
 
     @property
     def _warnings(self) -> list[str]:
-        return [*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings]
+        complaints = filter(None, [self._blind, self._dataplane.complaint])
+        return [*complaints, *self._survey.warnings, *self._dataplane.warnings]
 
     @property
     def config(self) -> Config:
