@@ -26,9 +26,13 @@ def load(path: str) -> Config:
 
     Raises ``ConfigError`` with every problem they have, or ``Unreadable``.
     """
-    # A hidden file is an editor's, or half of an upload.
-    parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
-    return parse(_text(Path(path)), path, [(str(part), _text(part)) for part in parts])
+    text, directory = _text(Path(path)), Path(path).parent / PARTS
+    try:
+        # A hidden file is an editor's, or half of an upload.
+        parts = sorted(p for p in directory.glob("*.yaml") if not p.name.startswith("."))
+    except OSError as error:
+        raise Unreadable(f"{directory}: {error.strerror}; expected configuration files") from error
+    return parse(text, path, [(str(part), _text(part)) for part in parts])
 
 
 def _text(path: Path) -> str:
