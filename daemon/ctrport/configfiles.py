@@ -32,9 +32,13 @@ def load(path: str) -> Config:
 
 def _texts(path: str) -> list[tuple[str, str]]:
     """Return the name and the text of the file at ``path``, and of each part beside it. Raises ``Unreadable``."""
-    # A hidden file is an editor's, or half of an upload.
-    parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
-    return [(path, _text(Path(path))), *((str(part), _text(part)) for part in parts)]
+    text, directory = _text(Path(path)), Path(path).parent / PARTS
+    try:
+        # A hidden file is an editor's, or half of an upload.
+        parts = sorted(p for p in directory.glob("*.yaml") if not p.name.startswith("."))
+    except OSError as error:
+        raise Unreadable(f"{directory}: {error.strerror}; expected configuration files") from error
+    return [(path, text), *((str(part), _text(part)) for part in parts)]
 
 
 def _text(path: Path) -> str:

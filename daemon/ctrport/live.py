@@ -89,13 +89,18 @@ async def publish(config: Config, directory: Path, name: str, specs: Sequence[st
             problem = f"{its} is declared for {target.name}, but {error}; {_undo(target, *map(str, new))}"
             return Outcome(target.name, problems=[problem])
     shown = _of(current, target.key, new)
-    problems = [
-        f"{one.mapping} of {target.name} is not published: {one.reason}. It stays declared, and is published as soon "
-        f"as it can be; {_undo(target, one.mapping)}"
-        for one in shown
-        if one.state != State.ACTIVE
+    return Outcome(target.name, shown, problems=_not_published(target, new, shown))
+
+
+def _not_published(target: _Target, new: Iterable[Mapping], shown: Sequence[PublicationStatus]) -> list[str]:
+    reasons = dict.fromkeys(map(str, new), "it ended meanwhile")
+    reasons |= {one.mapping: "" if one.state == State.ACTIVE else one.reason for one in shown}
+    return [
+        f"{mapping} of {target.name} is not published: {reason}. It stays declared, and is published as soon as it can "
+        f"be; {_undo(target, mapping)}"
+        for mapping, reason in reasons.items()
+        if reason
     ]
-    return Outcome(target.name, shown, problems=problems)
 
 
 def _undo(target: _Target, *mappings: str) -> str:

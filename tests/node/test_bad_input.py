@@ -221,6 +221,10 @@ def test_a_configuration_that_may_not_be_read(node: Node, ctrport: Ctrport, comm
     else:
         expected = "ctrport: /run/config.yaml: Permission denied; expected a configuration file (--config)"
         assert failing(ended, 2) == expected
+    if command == "check":  # nor the directory that it is in
+        ended = ctrport.run_as_nobody(command, "--config", str(ctrport.config))
+        expected = f"ctrport: {ctrport.config}: Permission denied; expected a configuration file (--config)"
+        assert failing(ended, 2) == expected
 
 
 def test_run_with_a_wrong_configuration_tells_every_problem_and_touches_nothing(node: Node, ctrport: Ctrport) -> None:
