@@ -15,8 +15,8 @@ from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
-from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
-from .text import diff, holders, listing, saved, tag
+from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
+from .text import diff, holders, listing, owner, saved, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
@@ -45,7 +45,10 @@ class Kernel(Protocol):
         ...
 
     async def restore(self, plan: Plan) -> None:
-        """Commit a plan's blocks one by one, in order; an error leaves those before it committed."""
+        """Commit a plan's blocks one by one, in order, or several at once; an error leaves those before it committed.
+
+        What was only glanced at is known by its tag, and there is nothing to do where it is to go and is gone by now.
+        """
         ...
 
     async def prepare(self) -> None:
@@ -111,7 +114,7 @@ class Tables:
         plan = _own(plan)
         self._held, self._ranks = None, None
         if plan:
-            await self._kernel.restore(await self._spelled(plan))
+            await self._kernel.restore(plan)
         self._ranks = plan.ranks
 
     def diff(self, plan: AnyPlan) -> list[str]:
@@ -167,14 +170,6 @@ class Tables:
     async def _listed(self, table: Table, chain: str) -> list[Line] | None:
         lines = await self._kernel.chain(table, chain)
         return None if lines is None else listing(lines)
-
-    async def _spelled(self, plan: Plan) -> Plan:
-        """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
-        keys = abridged(plan)
-        if not keys:
-            return plan
-        answers = await asyncio.gather(*(self._listed(table, chain) for table, chain in keys))
-        return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
 
     async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
         """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
