@@ -71,6 +71,8 @@ class Chronicle:
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
+        elif change.before.place and change.after.place:
+            return  # each step of each that stands in a line would be told
         if publication.state is State.ACTIVE:
             took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
             where = ",".join(str(attachment.address) for attachment in publication.attachments)
@@ -78,7 +80,7 @@ class Chronicle:
             if remark:
                 log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
         else:
-            level = logging.INFO if publication.container is None else logging.WARNING
+            level = logging.INFO if publication.container is None or publication.place else logging.WARNING
             log.log(
                 level,
                 "%s %s mapping=%s source=%s reason=%r",

@@ -14,14 +14,14 @@ import math
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from . import __version__, netlink, systemd
 from .chronicle import Chronicle
 from .config import Config
-from .containerd import Containerd, ContainerdError, TaskEvent
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
@@ -32,6 +32,7 @@ from .publish import Change
 from .status import Status, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
+from .taskevents import TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +108,9 @@ class Reconciler:
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
+        self._revisions: dict[ContainerKey, str] = {}  # of what the operator gave containers, as they were last shown
+        self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
+        self._at_rest.set()
 
     async def run(self) -> None:
         """Keep the node in line until cancelled.
@@ -123,6 +127,22 @@ class Reconciler:
         finally:
             await _end(node_watch)
             await self._leave_ground()
+
+    async def at_rest(self) -> None:
+        """Wait until what is known is decided and written, or could not be: ``status`` then is not half of a change."""
+        while self._turns:  # which the next may have come to before the end of the last was told
+            await self._at_rest.wait()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        self._turns += 1
+        self._at_rest.clear()
+        try:
+            yield
+        finally:
+            self._turns -= 1
+            if not self._turns:
+                self._at_rest.set()
 
     async def _leave_ground(self) -> None:
         if self._table_watch is not None:
@@ -167,10 +187,11 @@ class Reconciler:
         self._ground = ground
         self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
         told = list(self._survey.publications)
-        try:
-            await self._survey.use(config, ground.firewalls)
-        finally:
-            await self._settle(mend=True, told=told)
+        with self._turn():
+            try:
+                await self._survey.use(config, ground.firewalls)
+            finally:
+                await self._settle(mend=True, told=told)
         await self._dataplane.sweep()
         log.info("the configuration was read anew: %s", self._summary())
 
@@ -232,12 +253,13 @@ class Reconciler:
 
     async def _follow(self, reader: asyncio.Task[None]) -> None:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
-        await self._survey.everything()
-        if self._blind:
-            log.info("the node can be looked at again")
-        self._blind = ""
-        self._looking.reset()
-        await self._settle(mend=True)
+        with self._turn():
+            await self._survey.everything()
+            if self._blind:
+                log.info("the node can be looked at again")
+            self._blind = ""
+            self._looking.reset()
+            await self._settle(mend=True)
         total = len(self._survey.publications)
         if self._dataplane.in_line:
             log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
@@ -254,19 +276,26 @@ class Reconciler:
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
-                if self._node_changed:
-                    self._node_changed = False
-                    await self._survey.node(others=False)
-                dirty, self._dirty = self._dirty, {}
-                await self._survey.look({key: seen.pid for key, seen in dirty.items()})
-                await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
+                with self._turn():
+                    await self._look()
             elif time.monotonic() >= next_tick:
                 ticks, next_tick = ticks + 1, time.monotonic() + TICK
-                await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
+                with self._turn():
+                    await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
             elif time.monotonic() >= self._due_at():
-                await self._settle(mend=True)
+                with self._turn():
+                    await self._settle(mend=True)
             await self._dataplane.prepare()
         await reader
+
+    async def _look(self) -> None:
+        """Look where events said that something happened, and make the kernel follow."""
+        if self._node_changed:
+            self._node_changed = False
+            await self._survey.node(others=False)
+        dirty, self._dirty = self._dirty, {}
+        await self._survey.look({key: seen.pid for key, seen in dirty.items()})
+        await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
 
     async def _woken(self, until: float) -> None:
         """Wait for anything that is worth a look, or until then by the monotonic clock."""
@@ -332,6 +361,8 @@ class Reconciler:
             self._pace.take(time.monotonic())
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
+        if self._revisions != self._survey.revisions:
+            self._revisions, news = dict(self._survey.revisions), True
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line:
@@ -405,6 +436,7 @@ class Reconciler:
             publications=self._chronicle.all_shown(self._survey.publications, self._dataplane.remark, self._problem),
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            revisions={str(key): revision for key, revision in self._revisions.items()},
         )
 
 

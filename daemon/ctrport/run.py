@@ -179,6 +179,7 @@ async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyn
     while True:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), STATUS_RETRY if complaint else None)
+        await reconciler.at_rest()
         changed.clear()
         began = time.monotonic()
         try:

@@ -94,6 +94,8 @@ class Status:
 
     ``config`` says why the configuration in use is an older one than that of the files, and is empty where it is not.
     ``repairs`` counts how often others had changed rules of ours, ``last_repair`` says what, who, and for how long.
+    ``revisions`` has the containers, as ``namespace/id``, that the operator gave ports with `ctrport publish`, each
+    with the revision of these that is carried out.
     ``warnings`` are what on the node may keep published ports from working, in a sentence each.
     """
 
@@ -111,6 +113,7 @@ class Status:
     publications: list[PublicationStatus] = field(default_factory=list)
     networks: list[NetworkStatus] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    revisions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return it as one JSON object, a publication a line; keys and their meaning are API."""

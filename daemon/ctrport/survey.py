@@ -136,6 +136,11 @@ class Survey:
         self._ahead.clear()
 
     @property
+    def revisions(self) -> Mapping[ContainerKey, str]:
+        """Of each that runs and that the operator's word is kept with: which revision of that it was seen with."""
+        return self._pods.revisions
+
+    @property
     def amiss(self) -> dict[str, str]:
         """Why a bridge is not run as the network that it is declared to be, by its name."""
         return self._node.amiss
@@ -215,7 +220,7 @@ def _running(listed: Listed) -> Running | None:
     try:
         return Running(
             *(listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid)),
-            *(listed.labels, listed.annotation),
+            *(listed.labels, listed.annotation, listed.live),
         )
     except Gone as gone:
         log.debug("container %s ended while it was being looked at: %s", listed.key, gone)

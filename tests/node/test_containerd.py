@@ -20,11 +20,11 @@ from ctrport.containerd import (
     Containerd,
     ContainerdError,
     Listed,
-    TaskEvent,
     Unavailable,
     Unresponsive,
 )
 from ctrport.model import ContainerKey
+from ctrport.taskevents import TaskEvent
 from embedded.container import Container
 from embedded.host import stands_still
 from embedded.node import Node

@@ -9,7 +9,7 @@ import pytest
 
 from ctrport.chronicle import TELL_SAME, Chronicle
 from ctrport.firewall.drift import Drift
-from ctrport.model import Publication
+from ctrport.model import Publication, State
 from ctrport.publish import Change
 from ctrport.status import PublicationStatus
 from ctrport.suspicion import Grounds
@@ -48,6 +48,23 @@ def test_nothing_is_said_to_be_published_before_the_kernel_has_it(caplog: pytest
     assert told(chronicle, caplog, Change(other, None), in_line=False) == []
     assert told(chronicle, caplog, Change(WEB, None), in_line=False) == []
     assert told(chronicle, caplog) == ["withdrawn8080:"]
+
+
+def test_of_a_line_each_is_told_when_it_joins_and_when_it_serves_and_not_at_each_step(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    chronicle = Chronicle()
+    joined = [replace(WEB, state=State.WAITING, reason=f"in line {place}", place=place) for place in (3, 2, 1)]
+    assert told(chronicle, caplog, Change(None, joined[0])) == ["waiting8080:"]
+    assert caplog.records[0].levelname == "INFO"
+    since = chronicle.shown(joined[0], "", "").since
+    assert told(chronicle, caplog, Change(joined[0], joined[1])) == []
+    assert told(chronicle, caplog, Change(joined[1], joined[2])) == []
+    assert (chronicle.shown(joined[2], "", "").reason, chronicle.shown(joined[2], "", "").since) == ("in line 1", since)
+    assert told(chronicle, caplog, Change(joined[2], WEB)) == ["published8080:"]
+    elsewhere = replace(WEB, state=State.WAITING, reason="it has no address")
+    told(chronicle, caplog, Change(WEB, joined[2]))
+    assert told(chronicle, caplog, Change(joined[2], elsewhere)) == ["waiting8080:"]
 
 
 def test_where_all_begins_anew_only_what_differs_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -26,13 +26,12 @@ from ctrport.containerd import (
     Listed,
     NotFound,
     Refused,
-    TaskEvent,
     Unavailable,
     Unresponsive,
     rpc_error,
-    task_event,
 )
 from ctrport.model import ContainerKey
+from ctrport.taskevents import TaskEvent, task_event
 
 WEB = ContainerKey("default", "web")
 
@@ -85,7 +84,7 @@ def test_a_payload_of_another_type_is_skipped() -> None:
 def test_a_payload_that_cannot_be_decoded_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     broken = envelope("/tasks/start", payloads_pb2.TaskStart(container_id="web"))
     broken.event.value = b"\x0a\xff"
-    with caplog.at_level(logging.DEBUG, "ctrport.containerd"):
+    with caplog.at_level(logging.DEBUG, "ctrport.taskevents"):
         assert task_event(broken) is None
     assert [(r.levelname, "/tasks/start" in r.getMessage()) for r in caplog.records] == [("DEBUG", True)]
 

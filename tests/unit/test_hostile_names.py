@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ctrport import containerd, logs, status, systemd, terminal
+from ctrport import containerd, logs, status, systemd, taskevents, terminal
 from ctrport.api import containers_pb2, payloads_pb2, task_pb2
 from ctrport.chronicle import _subject
 from ctrport.endpoints import Address6, addresses6, default_devices6, routes
@@ -102,9 +102,9 @@ strangers = st.lists(
 def listed(stranger: Stranger) -> containerd.Listed | None:
     """Bring a container the way that events and lists bring it."""
     started: Message = payloads_pb2.TaskStart(container_id=stranger.id, pid=7)
-    event = containerd.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
+    event = taskevents.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
     stored = containers_pb2.Container(id=stranger.id, labels=stranger.labels)
-    if event is None or not containerd._checked(stored.id, "container id"):
+    if event is None or not taskevents.checked(stored.id, "container id"):
         return None
     return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
 

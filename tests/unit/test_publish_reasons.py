@@ -24,7 +24,8 @@ from ctrport.model import (
     State,
 )
 from ctrport.ports import parse
-from ctrport.publish import FORWARDING_OFF, Publications
+from ctrport.publish import Publications
+from ctrport.reach import FORWARDING_OFF
 from tests.unit import worlds
 from tests.unit.worlds import FACTS, NODE4, candidate, declaration, fresh, key
 
