@@ -14,9 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py allot.py cgroups.py choose.py claims.py contest.py declared.py networks.py owners.py ports.py document.py config.py \
-	pace.py pods.py publish.py reach.py rules.py stored.py suspicion.py firewall/drift.py firewall/entries.py \
-	firewall/plan.py firewall/text.py
+CORE := model.py allot.py cgroups.py choose.py claims.py contest.py declared.py networks.py owners.py ports.py \
+	document.py config.py pace.py pods.py publish.py reach.py rules.py stored.py suspicion.py firewall/drift.py \
+	firewall/elements.py firewall/entries.py firewall/plan.py firewall/sets.py firewall/standing.py \
+	firewall/tableplan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)

@@ -33,7 +33,7 @@ from .nlmsg import (
 
 _NETFILTER = 12  # NETLINK_NETFILTER, which not every Python has
 _GROUP_NFTABLES = 7
-_GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = (10 << 8) | 4, (10 << 8) | 6, (10 << 8) | 7, (10 << 8) | 8
+_GETTABLE, _GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = ((10 << 8) | number for number in (1, 4, 6, 7, 8))
 _NEWGEN, _GETGEN = (10 << 8) | 15, (10 << 8) | 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _BATCH = struct.pack(">BBH", 0, 0, 10)  # what is said in it is for nf_tables
@@ -95,6 +95,26 @@ class NfTables(Conversation):
     def generation(self) -> int:
         """Return the number of what the tables hold now: another one after each commit, whoever makes it."""
         return int.from_bytes(read_attributes(self.ask(_GETGEN, struct.pack("=BBH", 0, 0, 0))[4:])[1], "big")
+
+    def has_table(self, family: int, table: str) -> bool:
+        """Whether there is a table of that name."""
+        try:
+            self.ask(_GETTABLE, _head(family, table))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def accepts(self, family: int, table: str, chain: str) -> bool:
+        """Whether what a chain lets pass to its end goes on, by its policy; also where there is no such chain."""
+        try:
+            answer = self.ask(_GETCHAIN, _head(family, table) + attribute(3, chain.encode() + b"\0"))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return True
+            raise
+        return int.from_bytes(read_attributes(answer[4:]).get(5, b"\1"), "big") == 1
 
     def commit(self, changes: Sequence[Message], *, generation: int | None = None) -> None:
         """Have changes made at once, or none of them. Takes 0.1 ms, and what each of them takes.

@@ -393,8 +393,9 @@ class Reconciler:
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
-        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
-        for warning in self._survey.warnings:
+        warnings = (*self._survey.warnings, *self._dataplane.warnings)
+        before, self._told = self._told, (self._survey.amiss, warnings)
+        for warning in warnings:
             if warning not in before[1]:
                 log.warning("%s", warning)
         if self._told != before:
@@ -448,7 +449,11 @@ class Reconciler:
             last_repair=self._chronicle.last_repair,
             publications=self._chronicle.all_shown(self._survey.publications, self._dataplane.remark, self._problem),
             networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            warnings=[
+                *filter(None, [self._blind, self._dataplane.complaint]),
+                *self._survey.warnings,
+                *self._dataplane.warnings,
+            ],
             revisions={str(key): revision for key, revision in self._revisions.items()},
         )
 

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shlex
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from ctrport.firewall import FirewallError, Unusable
+from ctrport.firewall.door import Door
 from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
+from ctrport.firewall.nft_table import NftTable
+from ctrport.firewall.nftables import OwnTable
+from ctrport.firewall.sets import table
+from ctrport.firewall.tables import Tables
 from ctrport.model import Family, Protocol
-from ctrport.rules import Table
+from ctrport.rules import Layout, Table
 from embedded.host import Host, inside
-from tests.contract.firewall import FirewallContract, Operator, Run, Visitor
+from tests.contract.firewall import FirewallContract, Run, Visitor
+from tests.contract.tables import Operator, TablesContract
 
 T = TypeVar("T")
 
@@ -76,7 +83,7 @@ def visitor_of(host: Host, family: Family) -> Visitor:
     return visit
 
 
-class TestNftCommands(FirewallContract):
+class TestNftCommands(TablesContract):
     @pytest.fixture(params=list(Family))
     def kernel(self, request: pytest.FixtureRequest) -> Iterator[NftCommands]:
         kernel = NftCommands(request.param)
@@ -104,7 +111,7 @@ class TestNftCommands(FirewallContract):
         return visitor_of(host, kernel.family)
 
 
-class TestLegacyTables(FirewallContract):
+class TestLegacyTables(TablesContract):
     @pytest.fixture(params=list(Family))
     def kernel(self, request: pytest.FixtureRequest) -> LegacyTables:
         return LegacyTables(request.param)
@@ -134,6 +141,77 @@ class TestLegacyTables(FirewallContract):
     @pytest.fixture
     def visitor(self, host: Host, kernel: LegacyTables) -> Visitor:
         return visitor_of(host, kernel.family)
+
+
+class NftGrounds:
+    """Implements ``Grounds`` with a table of our own in the kernel."""
+
+    def __init__(self, host: Host, family: Family) -> None:
+        self.family = family
+        self._host = host
+        self._name = table(family)
+        self._made: list[OwnTable] = []
+
+    @property
+    def damages(self) -> Mapping[str, Callable[[], object]]:
+        maps = ("host-ports", "host-ports-at", "host-ranges-udp", "host-ranges-at")
+        return {
+            "a mapping deleted": lambda: self._nft(f"delete element {self._name} host-ports {{ tcp . 8080 }}"),
+            "all mappings deleted": lambda: self._nft(*(f"flush map {self._name} {each}" for each in maps)),
+            "what leads to them deleted": lambda: self._nft(f"flush chain {self._name} prerouting"),
+            "all of it deleted": lambda: self._nft("flush ruleset"),
+        }
+
+    def _nft(self, *lines: str) -> None:
+        self._host.run("nft", "-f", "-", input="".join(f"{line}\n" for line in lines))
+
+    def firewall(self, layout: Layout) -> OwnTable:
+        commands = NftCommands(self.family)
+        self._made.append(OwnTable(NftTable(self.family), layout, [Door(commands, layout)], Tables(commands, layout)))
+        return self._made[-1]
+
+    async def close(self) -> None:
+        for each in self._made:
+            await each.close()
+
+    async def everything(self) -> object:
+        listed = self._host.run("nft", "--stateless", "list", "ruleset").stdout
+        # The elements of a set are listed as they are hashed.
+        return sorted(re.split(r",\n?\s+|\n|elements = \{ | \}", listed))
+
+    def neighbour(self) -> None:
+        self._nft("add table ip6 ctrport-not", f"add table {self._name.replace('ctrport', 'other')}")
+
+    def usurper(self) -> None:
+        self._nft(
+            f"add table {self._name}",
+            f"add set {self._name} blocked {{ type inet_service ; }}",
+            f"add chain {self._name} forward {{ type filter hook forward priority 0 ; }}",
+            f'add rule {self._name} forward th dport @blocked drop comment "not of ctrport"',
+        )
+
+
+class TestNftTable(FirewallContract):
+    @pytest.fixture(params=list(Family))
+    def grounds(self, request: pytest.FixtureRequest, host: Host) -> NftGrounds:
+        return NftGrounds(host, request.param)
+
+    @pytest.fixture
+    def run(self, host: Host, grounds: NftGrounds) -> Run:
+        async def closing(work: Coroutine[object, object, T]) -> T:
+            try:
+                return await work
+            finally:
+                await grounds.close()
+
+        def run(work: Coroutine[object, object, T]) -> T:
+            return in_namespace_of(host, closing(work))
+
+        return run
+
+    @pytest.fixture
+    def visitor(self, host: Host, grounds: NftGrounds) -> Visitor:
+        return visitor_of(host, grounds.family)
 
 
 def test_commands_reach_the_tables_of_the_namespace_that_they_start_in(host: Host) -> None:

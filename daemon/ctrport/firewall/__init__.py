@@ -33,6 +33,10 @@ class ForeignChain(FirewallError):
     """A chain of the name we would use holds somebody else's rules. It was not touched."""
 
 
+class ForeignTable(FirewallError):
+    """A table of the name we would use is somebody else's. It was not touched."""
+
+
 class AnyPlan(Protocol):
     """What is to be written, for the ``Firewall`` that made it. False where there is nothing to write."""
 
@@ -53,6 +57,11 @@ class Firewall(Protocol):
     """What keeps our rules of one family in the kernel."""
 
     name: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of other tables may keep from working what is published, as of the last ``read``; a sentence each."""
+        ...
 
     async def read(self, *, words: bool = True) -> None:
         """Look at what the kernel holds: our chains, and the kernel chains that we jump from.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Kernel(Protocol):
         """Return the rules of one chain as quickly as can be, perhaps abridged; None where there is no such chain."""
         ...
 
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """Whether what reaches the end of a kernel chain goes on: the chain's policy."""
+        ...
+
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """Return the tag of each rule of ours in one chain, and what it counted; none where there is no such chain."""
         ...
@@ -61,12 +65,17 @@ class Kernel(Protocol):
 
 
 class Tables:
-    """Keeps rules in the chains of ``layout``. Implements ``Firewall``."""
+    """Keeps rules in the chains of ``layout``. Implements ``Firewall``.
 
-    def __init__(self, kernel: Kernel, layout: Layout) -> None:
+    Rules of ``spared`` owners are somebody else's to remove.
+    """
+
+    def __init__(self, kernel: Kernel, layout: Layout, spared: Container[str] = ()) -> None:
         self.name = kernel.name
+        self.warnings: tuple[str, ...] = ()
         self._kernel = kernel
         self._layout = layout
+        self._spared = spared
         self._held: dict[ChainKey, list[Line] | None] | None = None
         self._ranks: Ranks | None = None
         self._records: tuple[LocalnetRecord, ...] = ()
@@ -75,8 +84,8 @@ class Tables:
     async def read(self, *, words: bool = True) -> None:
         """See ``Firewall.read``. Looks at a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
-        look = self._listed if words else self._kernel.glance
-        answers = await asyncio.gather(*(look(table, chain) for table, chain in keys))
+        looks = (_listed(self._kernel, *key) if words else self._kernel.glance(*key) for key in keys)
+        answers = await asyncio.gather(*looks)
         held = dict(zip(keys, answers, strict=True))
         foreign = self._foreign(held)
         if foreign is not None and not words:
@@ -165,11 +174,11 @@ class Tables:
     async def _saved(self) -> dict[ChainKey, list[Line]]:
         texts = await asyncio.gather(*(self._kernel.table(table) for table in Table))
         tables = zip(Table, map(saved, texts), strict=True)
-        return {(table, chain): lines for table, chains in tables for chain, lines in chains.items()}
-
-    async def _listed(self, table: Table, chain: str) -> list[Line] | None:
-        lines = await self._kernel.chain(table, chain)
-        return None if lines is None else listing(lines)
+        return {
+            (table, chain): [line for line in lines if line.owner not in self._spared]
+            for table, chains in tables
+            for chain, lines in chains.items()
+        }
 
     async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
         """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
@@ -196,6 +205,11 @@ class Tables:
                     "it is left alone. Set firewall.chain to another name, such as CTRPORT"
                 )
         return None
+
+
+async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:
+    lines = await kernel.chain(table, chain)
+    return None if lines is None else listing(lines)
 
 
 def _own(plan: AnyPlan) -> Plan:

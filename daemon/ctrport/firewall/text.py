@@ -186,6 +186,8 @@ def _match(match: Match) -> Iterator[str]:
         yield f"-p {match.protocol}"
         if match.ports is not None:
             yield f"-m {match.protocol} --dport {_ports(match.ports)}"
+    if match.mark is not None:
+        yield f"-m mark --mark {match.mark:#x}/{match.mark:#x}"
     if match.to_local:
         yield "-m addrtype --dst-type LOCAL"
     if match.established:
