@@ -22,7 +22,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
@@ -48,6 +48,7 @@ from .api import (
     version_pb2,
     version_pb2_grpc,
 )
+from .cgroups import cgroup_of
 from .events import warn_once
 from .lines import Failure
 from .model import ContainerKey, Live, Mapping
@@ -112,6 +113,7 @@ class Listed:
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
     ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
+    ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for.
     """
 
     key: ContainerKey
@@ -120,6 +122,7 @@ class Listed:
     annotation: str | None = None
     live: Live | None = None
     runs: bool = True
+    cgroup: str = ""
 
 
 class Containerd:
@@ -249,21 +252,36 @@ class Containerd:
             listed += [found] if found.runs or ended else []
         return sorted(listed, key=lambda found: found.key)
 
-    async def container(self, key: ContainerKey, *, annotations: bool = False) -> Listed | None:
-        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused."""
+    async def container(
+        self, key: ContainerKey, *, annotations: bool = False, stored: Listed | None = None
+    ) -> Listed | None:
+        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused.
+
+        ``stored`` is what the method of that name said of it, where nothing of that has changed.
+        """
+        if stored is not None:
+            with contextlib.suppress(NotFound):
+                found = _with(stored, await self._process(key))
+                return found if found.runs else None
+            return None
         # Both at once, for each takes about a millisecond of the time in which the port is not open yet.
-        stored = asyncio.ensure_future(self._container_of(key))
+        asked = asyncio.ensure_future(self._container_of(key))
         try:
             process = await self._process(key)
-            found = _listed(key, process, await stored, annotations)
+            found = _listed(key, process, await asked, annotations)
             return found if found.runs else None
         except NotFound:
             # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
-            await asyncio.wait((stored,))
+            await asyncio.wait((asked,))
             return None
         finally:
-            stored.cancel()
-            await asyncio.gather(stored, return_exceptions=True)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    async def stored(self, key: ContainerKey, *, annotations: bool = False) -> Listed:
+        """Return what containerd has stored of a container, whether it runs or not. Raises ``NotFound``."""
+        container = await self._container_of(key)
+        return replace(_listed(key, None, container, annotations), cgroup=cgroup_of(container.spec.value))
 
     async def live(self, key: ContainerKey) -> Live | None:
         """Return what is kept with a container of what the operator has it publish. Raises ``NotFound``."""
@@ -434,14 +452,18 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
 def _listed(
     key: ContainerKey, process: task_pb2.Process | None, container: containers_pb2.Container, annotations: bool
 ) -> Listed:
-    unknown = process is not None and process.status == task_pb2.UNKNOWN
-    runs = unknown or (process is not None and process.status in _RUNNING)
-    pid = process.pid if process is not None and runs and not unknown else None
     annotation = None
     if annotations:
         sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
         annotation = annotation_of(container.spec.value, sandbox)
-    return Listed(key, pid, dict(container.labels), annotation, _live(container), runs)
+    return _with(Listed(key, None, dict(container.labels), annotation, _live(container)), process)
+
+
+def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:
+    """Return what is stored of a container with what is said of its task, if it has one."""
+    unknown = process is not None and process.status == task_pb2.UNKNOWN
+    runs = unknown or (process is not None and process.status in _RUNNING)
+    return replace(stored, pid=process.pid if process is not None and runs and not unknown else None, runs=runs)
 
 
 def _live(container: containers_pb2.Container) -> Live | None:

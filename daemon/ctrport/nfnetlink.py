@@ -33,7 +33,8 @@ from .nlmsg import (
 
 _NETFILTER = 12  # NETLINK_NETFILTER, which not every Python has
 _GROUP_NFTABLES = 7
-_GETTABLE, _GETCHAIN, _GETRULE, _DELRULE, _NEWGEN = ((10 << 8) | number for number in (1, 4, 7, 8, 15))
+_GETTABLE, _GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = ((10 << 8) | number for number in (1, 4, 6, 7, 8))
+_NEWGEN, _GETGEN = (10 << 8) | 15, (10 << 8) | 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _BATCH = struct.pack(">BBH", 0, 0, 10)  # what is said in it is for nf_tables
 _TRIES = 5
@@ -87,6 +88,19 @@ class NfTables(Conversation):
         its = (read_attributes(message[4:]) for message in self.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0)))
         return {(text(chain.get(1, b"")), text(chain.get(3, b""))) for chain in its}
 
+    def rule(self, family: int, table: str, chain: str, number: int) -> bytes | None:
+        """Return the rule that has this number, for the functions below; None where there is none."""
+        try:
+            return self.ask(_GETRULE, _of_rule(family, table, chain, number))[4:]
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+
+    def generation(self) -> int:
+        """Return the number of what the tables hold now: another one after each commit, whoever makes it."""
+        return int.from_bytes(read_attributes(self.ask(_GETGEN, struct.pack("=BBH", 0, 0, 0))[4:])[1], "big")
+
     def has_table(self, family: int, table: str) -> bool:
         """Whether there is a table of that name."""
         try:
@@ -107,14 +121,16 @@ class NfTables(Conversation):
             raise
         return int.from_bytes(read_attributes(answer[4:]).get(5, b"\1"), "big") == 1
 
-    def commit(self, changes: Sequence[Message]) -> None:
+    def commit(self, changes: Sequence[Message], *, generation: int | None = None) -> None:
         """Have changes made at once, or none of them. Takes 0.1 ms, and what each of them takes.
 
-        Raises ``Rejected`` with the index of the first that is refused, -1 where it is all of them together.
+        Raises ``Rejected`` with the index of the first that is refused, -1 where it is all of them together: as with
+        ERESTART, where the tables are no longer of that ``generation``.
         """
         if not changes:
             return
-        begin, end = Message(_BATCH_BEGIN, _BATCH), Message(_BATCH_END, _BATCH)
+        since = b"" if generation is None else attribute(1, struct.pack(">I", generation))
+        begin, end = Message(_BATCH_BEGIN, _BATCH + since), Message(_BATCH_END, _BATCH)
         # Some kernels acknowledge the end of a batch, others do not.
         last = replace(changes[-1], flags=changes[-1].flags | ACK)
         try:
@@ -125,8 +141,11 @@ class NfTables(Conversation):
 
 def delete_rule(family: int, table: str, chain: str, handle: int) -> Message:
     """Return what takes one rule away, by its ``handle``."""
-    body = _head(family, table) + attribute(2, chain.encode() + b"\0") + attribute(3, struct.pack(">Q", handle))
-    return Message(_DELRULE, body)
+    return Message(_DELRULE, _of_rule(family, table, chain, handle))
+
+
+def _of_rule(family: int, table: str, chain: str, handle: int) -> bytes:
+    return _head(family, table) + attribute(2, chain.encode() + b"\0") + attribute(3, struct.pack(">Q", handle))
 
 
 def _head(family: int, table: str) -> bytes:
@@ -135,7 +154,7 @@ def _head(family: int, table: str) -> bytes:
 
 def handle(rule: bytes) -> int:
     """Return the number by which the kernel knows a rule, as long as that is there."""
-    return int.from_bytes(read_attributes(rule)[3], "big")
+    return next(int.from_bytes(value, "big") for kind, value in each_attribute(rule) if kind == 3)  # of the first ones
 
 
 def comment(rule: bytes) -> str | None:
@@ -169,6 +188,44 @@ def target(rule: bytes) -> str:
         elif name == "target":
             found = text(data.get(1, b""))
     return found
+
+
+class NewRules:
+    """Hears which rules come, whoever writes them, between ``begin`` and ``end``.
+
+    Raises ``OSError`` as the kernel refuses.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER)
+        self._socket.setblocking(False)
+        self._socket.bind((0, 0))
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+    def begin(self) -> None:
+        """Begin to listen."""
+        self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+
+    def end(self) -> list[tuple[int, bytes]]:
+        """Listen no more; return the family and each rule that came, for the functions above.
+
+        Not all of them, where they were many. A commit has been heard of when the system call that made it returns.
+        """
+        self._socket.setsockopt(_SOL_NETLINK, _DROP_MEMBERSHIP, _GROUP_NFTABLES)
+        found: list[tuple[int, bytes]] = []
+        while True:
+            try:
+                said = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                continue
+            found += [(message[0], message[4:]) for kind, message in messages(said) if kind == _NEWRULE]
 
 
 class Announcements:
@@ -207,7 +264,7 @@ def _printable(name: str) -> str:
     return "".join(char if char.isascii() and char.isprintable() else "?" for char in name) or "?"
 
 
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1  # linux/socket.h, linux/netlink.h
+_SOL_NETLINK, _ADD_MEMBERSHIP, _DROP_MEMBERSHIP = 270, 1, 2  # linux/socket.h, linux/netlink.h
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 # Classic BPF (linux/filter.h): take the two bytes at 4, which are the message's kind; take all of it where it is
 # NEWGEN, and nothing of others. BPF reads them as big endian, whatever they are.

@@ -101,6 +101,11 @@ class Pods:
                 homes.pop(_home(running), None)
         return touched
 
+    def process(self, key: ContainerKey) -> tuple[int, int] | None:
+        """Return the process of a container that runs, and when that started; None where it is not known to run."""
+        running = self._running.get(key)
+        return None if running is None else (running.pid, running.started)
+
     def get(self, key: ContainerKey) -> Container | None:
         """Return what is published under ``key``, None where that is nothing."""
         running = self._running.get(key)

@@ -35,7 +35,7 @@ from .status import Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
-from .taskevents import TOPICS, TaskEvent
+from .taskevents import CREATED, TOPICS, TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -279,9 +279,12 @@ class Reconciler:
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
             async for event in events:
-                if self._survey.config.watches(event.key.namespace):
-                    self._events += 1
-                    self._tally.events[event.topic] += 1
+                if not self._survey.config.watches(event.key.namespace):
+                    continue
+                self._events += 1
+                self._tally.events[event.topic] += 1
+                self._survey.expect(event)
+                if event.topic != CREATED:
                     first = self._dirty.get(event.key)
                     at = time.monotonic() if first is None else first.at
                     self._dirty[event.key] = _Seen(at, event.pid)
@@ -334,13 +337,23 @@ class Reconciler:
             self._node_changed = False
             await self._survey.node(others=False)
         dirty, self._dirty = self._dirty, {}
-        await self._survey.look({key: seen.pid for key, seen in dirty.items()})
-        await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
+        since = min((seen.at for seen in dirty.values()), default=None)
+        named = {key: seen.pid for key, seen in dirty.items()}
+        foreseen = self._survey.foresee(named)
+        if foreseen:
+            await self._settle(since=since)
+        await self._survey.look(named, foreseen=foreseen)
+        await self._settle(since=since)
 
     async def _woken(self, until: float) -> None:
         """Wait for anything that is worth a look, or until then by the monotonic clock."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.0, until - time.monotonic()))
+        # Not by wait_for(), which lets two more turns of the event loop pass between an event and the look at it.
+        loop = asyncio.get_running_loop()
+        alarm = loop.call_later(max(0.0, until - time.monotonic()), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            alarm.cancel()
         self._wake.clear()
 
     def _due_at(self) -> float:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 from . import endpoints, nodeports
+from .cgroups import is_in
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
 from .events import warn_once
+from .expected import Expected
 from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
 from .pods import Pods, Running
 from .publish import Publications, chosen
+from .taskevents import CREATED, DELETED, UPDATED, TaskEvent
 
 T = TypeVar("T")
 
@@ -43,6 +46,7 @@ class Survey:
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
+        self._expected = Expected(containerd)
         self._pods = Pods()
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
@@ -62,6 +66,7 @@ class Survey:
         Raises ``ContainerdError`` where containers of other namespaces are looked for.
         """
         before, known = self.publications, self._config
+        self._expected.forget_all()
         self._config, self._firewalls = config, dict(firewalls)
         self._holders.clear()
         self.publications = _publications(config, self.facts, firewalls)
@@ -98,6 +103,7 @@ class Survey:
 
     async def everything(self) -> None:
         """Look at the node and at every container there is. Raises ``ContainerdError``, and ``OSError`` as ``look``."""
+        self._expected.forget_all()
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         annotations = self._config.reads_annotations
@@ -108,20 +114,52 @@ class Survey:
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
 
-    async def look(self, seen: Mapping[ContainerKey, int | None]) -> None:
+    def expect(self, event: TaskEvent) -> None:
+        """Take in what an event says of what is stored of a container, which may be about to start."""
+        annotations = self._config.reads_annotations
+        if event.topic == CREATED or (event.topic == UPDATED and self._expected.forget(event.key)):
+            self._expected.expect(event.key, annotations=annotations)
+        elif event.topic == DELETED:
+            self._expected.forget(event.key)
+
+    def foresee(self, seen: Mapping[ContainerKey, int | None]) -> set[ContainerKey]:
+        """Take in what the kernel itself bears out of what events said, ahead of containerd's word; return of whom.
+
+        That a process is in the cgroup that containerd has stored for a container that was made: then it has started.
+        And that a process which ran is gone. ``look`` has to follow. Raises ``OSError`` as that does.
+        """
+        touched: set[ContainerKey] = set()
+        foreseen: set[ContainerKey] = set()
+        for key, pid in seen.items():
+            stored, process = self._expected.get(key), self._pods.process(key)
+            if pid is not None and stored is not None:
+                running = _running(replace(stored, pid=pid)) if _is_in(pid, stored.cgroup) else None
+                if running is not None:
+                    touched |= self._pods.see(running)
+                    foreseen.add(key)
+            elif process is not None and not _lives(*process):
+                touched |= self._pods.forget(key)
+                foreseen.add(key)
+        self._judge(touched)
+        return foreseen
+
+    async def look(self, seen: Mapping[ContainerKey, int | None], *, foreseen: Collection[ContainerKey] = ()) -> None:
         """Look at these containers, each with the process it is said to have. Raises ``ContainerdError``.
 
         And ``OSError`` where this process may not so much as open a file: then it has to look at ``everything`` again.
-        What such a process shows is looked up while containerd answers, and counts if that is the process indeed.
+        What such a process shows is looked up while containerd answers, and counts if that is the process indeed; of
+        what was ``foreseen`` it is known already.
         """
         keys, annotations = list(seen), self._config.reads_annotations
         asked = asyncio.ensure_future(
-            _abreast(self._containerd.container(key, annotations=annotations) for key in keys)
+            _abreast(
+                self._containerd.container(key, annotations=annotations, stored=self._expected.get(key)) for key in keys
+            )
         )
         for _ in range(STEPS_TO_ASK):
             await asyncio.sleep(0)
         try:
-            self._look_ahead(pid for pid in seen.values() if pid is not None)
+            self._look_ahead(pid for key, pid in seen.items() if pid is not None and key not in foreseen)
             answers = await asked
         finally:
             asked.cancel()
@@ -133,6 +171,8 @@ class Survey:
                 raise answer
             else:
                 found[key] = answer
+                if answer is not None:
+                    self._expected.forget(key)
         self._take_in(found)
         self._ahead.clear()
 
@@ -226,6 +266,22 @@ def _running(listed: Listed) -> Running | None:
     except Gone as gone:
         log.debug("container %s ended while it was being looked at: %s", listed.key, gone)
         return None
+
+
+def _is_in(pid: int, cgroup: str) -> bool:
+    try:
+        return is_in(cgroup, endpoints.read(f"/proc/{pid}/cgroup"))
+    except Gone:
+        return False
+
+
+def _lives(pid: int, started: int) -> bool:
+    """Whether a process is there yet, with its network: that of a process which has ended is gone."""
+    try:
+        endpoints.netns(pid)
+        return endpoints.started(pid) == started
+    except Gone:
+        return False
 
 
 async def _abreast(looks: Iterable[Coroutine[None, None, T]]) -> list[T | BaseException]:

@@ -23,9 +23,13 @@ _Payload = (
     | payloads_pb2.TaskDelete
     | payloads_pb2.TaskPaused
     | payloads_pb2.TaskResumed
+    | payloads_pb2.ContainerCreate
     | payloads_pb2.ContainerUpdate
     | payloads_pb2.ContainerDelete
 )
+
+#: The topics of what is stored of a container. One that was just made has no task yet: it is not to be looked at.
+CREATED, UPDATED, DELETED = "/containers/create", "/containers/update", "/containers/delete"
 
 _PAYLOADS: dict[str, type[_Payload]] = {
     "/tasks/start": payloads_pb2.TaskStart,
@@ -33,11 +37,14 @@ _PAYLOADS: dict[str, type[_Payload]] = {
     "/tasks/delete": payloads_pb2.TaskDelete,
     "/tasks/paused": payloads_pb2.TaskPaused,
     "/tasks/resumed": payloads_pb2.TaskResumed,
-    "/containers/update": payloads_pb2.ContainerUpdate,
-    "/containers/delete": payloads_pb2.ContainerDelete,
+    CREATED: payloads_pb2.ContainerCreate,
+    UPDATED: payloads_pb2.ContainerUpdate,
+    DELETED: payloads_pb2.ContainerDelete,
 }
 
-#: The topics that make a container worth another look.
+_ABOUT_CONTAINERS = (payloads_pb2.ContainerCreate, payloads_pb2.ContainerUpdate, payloads_pb2.ContainerDelete)
+
+#: The topics that make a container worth another look, or will.
 TOPICS = tuple(_PAYLOADS)
 
 
@@ -67,7 +74,7 @@ def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
     except DecodeError as error:
         log.debug("skipped an event %s that cannot be decoded: %s", envelope.topic, error)
         return None
-    if isinstance(payload, (payloads_pb2.ContainerUpdate, payloads_pb2.ContainerDelete)):
+    if isinstance(payload, _ABOUT_CONTAINERS):
         container = payload.id
     else:
         container = payload.container_id

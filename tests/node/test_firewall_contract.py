@@ -85,8 +85,10 @@ def visitor_of(host: Host, family: Family) -> Visitor:
 
 class TestNftCommands(TablesContract):
     @pytest.fixture(params=list(Family))
-    def kernel(self, request: pytest.FixtureRequest) -> NftCommands:
-        return NftCommands(request.param)
+    def kernel(self, request: pytest.FixtureRequest) -> Iterator[NftCommands]:
+        kernel = NftCommands(request.param)
+        yield kernel
+        asyncio.run(kernel.close())
 
     @pytest.fixture
     def run(self, host: Host) -> Run:

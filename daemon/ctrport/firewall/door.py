@@ -15,7 +15,7 @@ from dataclasses import replace
 from ..rules import ACCEPTED_OWNER, Layout, Rule, Table, accepted
 from .drift import Drift, drift
 from .plan import NEIGHBOURS, Line, Plan, plan_all
-from .tables import Kernel, spelled
+from .tables import Kernel
 from .text import tag
 
 _FORWARD = (Table.FILTER, "FORWARD")
@@ -62,7 +62,7 @@ class Door:
     async def write(self, plan: Plan) -> None:
         """Write a plan. Raises ``FirewallError``."""
         if plan:
-            await self._kernel.restore(await spelled(self._kernel, plan))
+            await self._kernel.restore(plan)
         self._opened = self._needed
 
     async def close(self) -> None:

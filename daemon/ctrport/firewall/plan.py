@@ -136,6 +136,22 @@ class Plan:
         return [op.rule.owner for op in ops if isinstance(op, Remove) and isinstance(op.rule, Line)]
 
 
+def parted(plan: Plan) -> tuple[Plan, list[tuple[Table, Remove]]]:
+    """Return what is to be written of a plan, and which rules, by table, may go all at once when that is done.
+
+    These are the removals that end a block: whatever comes behind is a removal again. Going at once they are in no
+    order that could be wrong.
+    """
+    blocks, removals = [], list[tuple[Table, Remove]]()
+    for block in plan.blocks:
+        written = len(block.ops)
+        while written and isinstance(block.ops[written - 1], Remove):
+            written -= 1
+        removals += [(block.table, op) for op in block.ops[written:] if isinstance(op, Remove)]
+        blocks.append(Block(block.table, block.ops[:written]))
+    return Plan(tuple(block for block in blocks if block.ops), plan.ranks), removals
+
+
 def plan_all(
     wanted: Iterable[Rule],
     held: Mapping[ChainKey, Sequence[Line] | None],

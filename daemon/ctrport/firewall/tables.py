@@ -15,7 +15,7 @@ from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
-from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
+from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
 from .text import diff, holders, listing, owner, saved, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
@@ -52,7 +52,10 @@ class Kernel(Protocol):
         ...
 
     async def restore(self, plan: Plan) -> None:
-        """Commit a plan's blocks one by one, in order; an error leaves those before it committed."""
+        """Commit a plan's blocks one by one, in order, or several at once; an error leaves those before it committed.
+
+        What was only glanced at is known by its tag, and there is nothing to do where it is to go and is gone by now.
+        """
         ...
 
     async def prepare(self) -> None:
@@ -123,7 +126,7 @@ class Tables:
         plan = _own(plan)
         self._held, self._ranks = None, None
         if plan:
-            await self._kernel.restore(await spelled(self._kernel, plan))
+            await self._kernel.restore(plan)
         self._ranks = plan.ranks
 
     def diff(self, plan: AnyPlan) -> list[str]:
@@ -209,15 +212,6 @@ def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
         if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
             counted[words] = counted.get(words, Count()) + count
     return counted
-
-
-async def spelled(kernel: Kernel, plan: Plan) -> Plan:
-    """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
-    keys = abridged(plan)
-    if not keys:
-        return plan
-    answers = await asyncio.gather(*(_listed(kernel, *key) for key in keys))
-    return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
 
 
 async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:
