@@ -163,6 +163,8 @@ class Reconciler:
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
+        if config == self._survey.config:
+            return  # it was read again while it was being taken up
         if config.containerd.address != self._survey.config.containerd.address:
             return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
         ground: Ground | None = None

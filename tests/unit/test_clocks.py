@@ -17,7 +17,13 @@ WALL = {
     "date": {"today", "fromtimestamp"},
 }
 #: Where it is asked, and what for: to be shown.
-SHOWN = {("chronicle.py", "_note"), ("ps.py", "_age"), ("events.py", "moment"), ("reconcile.py", "status")}
+SHOWN = {
+    ("chronicle.py", "_note"),
+    ("events.py", "moment"),
+    ("happened.py", "moment"),
+    ("ps.py", "_age"),
+    ("reconcile.py", "status"),
+}
 
 
 def asked(source: str) -> Iterator[str]:
