@@ -15,10 +15,8 @@ from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
 from . import hairpin, localnet
-from .firewall import Firewall, FirewallError, Refused
-from .firewall.drift import Drift, drift
-from .firewall.plan import Plan
-from .firewall.text import owner, tag
+from .firewall import AnyPlan, Firewall, FirewallError, Refused
+from .firewall.drift import Drift, combined
 from .flows import StaleFlows, closed, narrowed, opened, vacated
 from .holdings import Holdings
 from .hostports import Reservations
@@ -50,7 +48,7 @@ class Transition:
     ``hairpin_on`` are the bridge ports to switch hairpin mode on for.
     """
 
-    plans: Sequence[tuple[Firewall, Plan]]
+    plans: Sequence[tuple[Firewall, AnyPlan]]
     localnet_off: Sequence[str]
     localnet_on: Sequence[str]
     hairpin_on: Sequence[str] = ()
@@ -168,8 +166,8 @@ class Dataplane:
         plans = await self._mend()
         if not was_in_line:
             return Drift()
-        removed = {tag(rule) for rule in difference.removed}
-        found = drift(plans, set(difference.added), removed)
+        added, removed = set(difference.added), set(difference.removed)
+        found = combined(firewall.drift(plan, added, removed) for firewall, plan in plans)
         return replace(found, switches=off)
 
     async def _write_change(self, difference: Difference, changes: Sequence[Change]) -> bool:
@@ -207,12 +205,12 @@ class Dataplane:
         self._take_in(changes, node)
         return self._due()
 
-    async def _mend(self) -> list[Plan]:
+    async def _mend(self) -> list[tuple[Firewall, AnyPlan]]:
         """Return what it took; what it would have taken, too, where somebody was still writing meanwhile."""
-        plans: list[Plan] = []
+        plans: list[tuple[Firewall, AnyPlan]] = []
         for left in reversed(range(MENDING_TRIES)):
             transition = await self._transition(words=False)
-            plans += [plan for _, plan in transition.plans]
+            plans += transition.plans
             try:
                 await self._write(transition)
                 break
@@ -221,9 +219,9 @@ class Dataplane:
                     raise
         self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
-        restored = dict.fromkeys(rule.owner for plan in plans for rule in plan.added)
+        restored = dict.fromkeys(rule.owner for _, plan in plans for rule in plan.added)
         self._flows.touch(opened(self._active[its] for its in restored if its in self._active))
-        removed = {owner(each) for plan in plans for each in plan.removed_tags}
+        removed = {owner for _, plan in plans for owner in plan.removed}
         self._flows.touch(vacated(sorted(removed), self._active.values()))
         self._flows.touch(narrowed(self._active[its] for its in sorted(removed) if its in self._active))
         for its, former in self._former.items():

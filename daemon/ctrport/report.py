@@ -15,7 +15,6 @@ from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
 from .firewall import Firewall
-from .firewall.text import diff
 from .hostports import Reservations
 from .installed import Sight, shown
 from .listeners import UNKNOWN
@@ -68,10 +67,10 @@ async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Lay
     """
     _, due, _ = await _look(config, firewalls, layout, directory)
     lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
-    for family, (_, plan) in zip(firewalls, due.plans, strict=True):
-        lines += diff(plan, family)
-    for family, firewall in firewalls.items():
-        lines += diff(await firewall.plan_sweep(), family)
+    for firewall, plan in due.plans:
+        lines += firewall.diff(plan)
+    for firewall in firewalls.values():
+        lines += firewall.diff(await firewall.plan_sweep())
     lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
     return lines + [f"+ bridge link set dev {port} hairpin on" for port in due.hairpin_on]
 

@@ -1,6 +1,6 @@
 """Make the kernel hold the rules: one protocol, an implementation for each way the kernel keeps them.
 
-    rules (typed)  ->  plan (what to write, in which order)  ->  a kernel interface (iptables-nft, ...)
+    rules (typed)  ->  plan (what to write, in which order)  ->  the kernel's tables
 
 A ``Firewall`` is for one address family. It knows what the kernel held when it last looked and what it wrote since, so
 a change is planned without asking the kernel again.
@@ -8,14 +8,14 @@ a change is planned without asking the kernel again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from ..lines import Failure
 from ..model import Count, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import Difference, Rule
-from .plan import Plan
+from .drift import Drift
 
 
 class FirewallError(Failure):
@@ -32,6 +32,22 @@ class Refused(FirewallError):
 
 class ForeignChain(FirewallError):
     """A chain of the name we would use holds somebody else's rules. It was not touched."""
+
+
+class AnyPlan(Protocol):
+    """What is to be written, for the ``Firewall`` that made it. False where there is nothing to write."""
+
+    def __bool__(self) -> bool: ...
+
+    @property
+    def added(self) -> Sequence[Rule]:
+        """The rules that it writes."""
+        ...
+
+    @property
+    def removed(self) -> Sequence[str]:
+        """The owners of what was found and that it takes away."""
+        ...
 
 
 class Firewall(Protocol):
@@ -59,19 +75,27 @@ class Firewall(Protocol):
         """The owners of rules in the kernel whose host ports were chosen, as of the last ``read``."""
         ...
 
-    def plan(self, wanted: Iterable[Rule]) -> Plan:
+    def plan(self, wanted: Iterable[Rule]) -> AnyPlan:
         """Return what makes the kernel hold exactly ``wanted`` of ours; empty where it does so already.
 
         Judged by what the last ``read`` saw and by what was applied since.
         """
         ...
 
-    def plan_change(self, difference: Difference) -> Plan:
+    def plan_change(self, difference: Difference) -> AnyPlan:
         """Return what a difference takes, at a cost that depends on the difference alone."""
         ...
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: AnyPlan) -> None:
         """Write a plan. After an error nothing is known of the kernel: ``read`` before planning again."""
+        ...
+
+    def diff(self, plan: AnyPlan) -> list[str]:
+        """Return a plan for people: a line a change, in its order, ``+`` what comes and ``-`` what goes."""
+        ...
+
+    def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
+        """Return what a plan mends, but for the rules that were ``asked`` for or ``dismissed`` just now."""
         ...
 
     async def holders(self) -> list[Holder]:
@@ -95,14 +119,14 @@ class Firewall(Protocol):
         """Give up what ``prepare`` holds."""
         ...
 
-    async def plan_sweep(self) -> Plan:
+    async def plan_sweep(self) -> AnyPlan:
         """Return what deletes chains of ours that go by another name than the layout's.
 
         For after a whole plan was applied, which takes away the jumps to them. Raises ``FirewallError``.
         """
         ...
 
-    async def plan_removal(self) -> tuple[Plan, Plan]:
+    async def plan_removal(self) -> tuple[AnyPlan, AnyPlan]:
         """Return what takes every rule of ours away, whatever our chains are called.
 
         The second plan removes the guard of 127.0.0.0/8, and is for after route_localnet was put back.

@@ -44,12 +44,23 @@ class Drift:
         return "; ".join(parts)
 
 
-def drift(plans: Iterable[Plan], asked: Container[Rule] = (), dismissed: Container[str] = ()) -> Drift:
-    """Return what the plans mend, but for what was ``asked`` for just now, and for the tags that were ``dismissed``."""
+def combined(found: Iterable[Drift]) -> Drift:
+    """Return what was found in several places as one."""
+    each = list(found)
+    return Drift(
+        tuple(dict.fromkeys(rule for one in each for rule in one.gone)),
+        tuple(dict.fromkeys(words for one in each for words in one.astray)),
+        sum(one.surplus for one in each),
+        tuple(dict.fromkeys(device for one in each for device in one.switches)),
+    )
+
+
+def drift(plan: Plan, asked: Container[Rule] = (), dismissed: Container[str] = ()) -> Drift:
+    """Return what a plan mends, but for what was ``asked`` for just now, and for the tags that were ``dismissed``."""
     gone: list[Rule] = []
     astray: dict[str, None] = {}
     surplus = 0
-    for block in (block for plan in plans for block in plan.blocks):
+    for block in plan.blocks:
         wrong = {op.chain for op in block.ops if isinstance(op, Empty)}
         astray |= dict.fromkeys(f"the chain {chain} of {block.table}" for chain in sorted(wrong))
         found = {(op.chain, op.rule.tag) for op in block.ops if isinstance(op, Remove) and isinstance(op.rule, Line)}

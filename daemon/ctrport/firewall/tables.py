@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Protocol
 
 from ..model import Count, Family, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
-from . import FirewallError, ForeignChain
+from . import AnyPlan, FirewallError, ForeignChain
+from .drift import Drift, drift
 from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
-from .text import holders, listing, owner, saved, tag
+from .text import diff, holders, listing, owner, saved, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
@@ -105,12 +106,21 @@ class Tables:
             raise FirewallError("no whole plan has been applied yet")
         return plan_change(difference, self._ranks)
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: AnyPlan) -> None:
         """See ``Firewall.apply``."""
+        plan = _own(plan)
         self._held, self._ranks = None, None
         if plan:
             await self._kernel.restore(await self._spelled(plan))
         self._ranks = plan.ranks
+
+    def diff(self, plan: AnyPlan) -> list[str]:
+        """See ``Firewall.diff``: below the table's name, in the words of ``iptables-restore``."""
+        return diff(_own(plan), self._kernel.family)
+
+    def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
+        """See ``Firewall.drift``."""
+        return drift(_own(plan), asked, {tag(rule) for rule in dismissed})
 
     async def holders(self) -> list[Holder]:
         """See ``Firewall.holders``."""
@@ -193,12 +203,17 @@ class Tables:
         return None
 
 
+def _own(plan: AnyPlan) -> Plan:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"not a plan for tables and chains: {plan!r}")
+    return plan
+
+
 def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetRecord, ...]:
-    tags = (line.tag for lines in chains for line in lines or () if line.tag is not None)
-    records = (LocalnetRecord.parse(owner(its)) for its in tags)
+    records = (LocalnetRecord.parse(line.owner) for lines in chains for line in lines or ())
     return tuple(record for record in records if record is not None)
 
 
 def _chosen(lines: Iterable[Line]) -> tuple[Owner, ...]:
-    owners = (Owner.parse(owner(line.tag)) for line in lines if line.tag is not None and " of " in line.tag)
+    owners = (Owner.parse(line.owner) for line in lines if line.tag is not None and " of " in line.tag)
     return tuple(dict.fromkeys(found for found in owners if found is not None and found.mapping.dynamic))
