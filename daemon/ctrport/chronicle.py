@@ -34,16 +34,15 @@ class Chronicle:
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._since: dict[tuple[str, str, str], datetime] = {}
         self._untold: dict[tuple[str, str, str], tuple[Change, float | None]] = {}
-        # How each was shown last: there are thousands, and most are as they were.
-        self._shown: dict[tuple[str, str, str], tuple[Publication, tuple[object, ...], PublicationStatus]] = {}
+        # By the id of the publication, as to look for it by value takes as long as to show it anew.
+        self._shown: dict[int, tuple[Publication, PublicationStatus]] = {}
+        self._shown_with = ""  # the problem that they were shown with
 
     def take(self, changes: Iterable[Change], since: float | None) -> None:
         """Take in what changed; ``since`` is when the event came that led to it."""
         for change in changes:
             publication = change.after or change.before
             assert publication is not None
-            if change.after is None:
-                self._shown.pop(_name(publication), None)
             untold = self._untold.pop(_name(publication), None)
             if untold is not None:
                 change, since = Change(untold[0].before, change.after), untold[1]
@@ -66,6 +65,7 @@ class Chronicle:
         publication = change.after or change.before
         assert publication is not None
         key = _name(publication)
+        self._shown.pop(id(change.after), None)
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
@@ -97,9 +97,9 @@ class Chronicle:
 
     def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
-        self._shown.clear()
         left = {_wherever(publication): publication for publication in told}
         since, self._since = self._since, {}
+        self.look_anew()
         news = []
         for after in (change.after for change in changes if change.after is not None):
             before = left.pop(_wherever(after), None)
@@ -111,12 +111,7 @@ class Chronicle:
 
     def shown(self, publication: Publication, remark: str, problem: str, pid: int = 0) -> PublicationStatus:
         """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
-        name = _name(publication)
-        since = self._since.get(name)
-        said = (since, remark, problem, pid)
-        known = self._shown.get(name)
-        if known is not None and known[0] is publication and known[1] == said:
-            return known[2]
+        since = self._since.get(_name(publication))
         its = publication
         if publication.state is State.ACTIVE:
             if problem:
@@ -124,9 +119,36 @@ class Chronicle:
             else:
                 its = replace(publication, reason=remark)
         owner = owner_of(publication) if publication.bound is not None else ""
-        status = PublicationStatus.of(its, shown(since) if since else "", pid, owner)
-        self._shown[name] = (publication, said, status)
-        return status
+        return PublicationStatus.of(its, shown(since) if since else "", pid, owner)
+
+    def all_shown(
+        self,
+        publications: Iterable[Publication],
+        remark: Callable[[Publication], str],
+        problem: str,
+        pid: Callable[[Publication], int] = lambda _: 0,
+    ) -> list[PublicationStatus]:
+        """Return publications as they are shown. Those of which nothing was told since the last time are as they were.
+
+        For there may be thousands, and one that has changed.
+        """
+        if problem != self._shown_with:
+            self.look_anew()
+        self._shown_with = problem
+        known, found = self._shown, list[PublicationStatus]()
+        for publication in publications:
+            its = known.get(id(publication))
+            if its is None:
+                shown = self.shown(publication, remark(publication), problem, pid(publication))
+                its = known[id(publication)] = (publication, shown)
+            found.append(its[1])
+        if len(known) > 2 * len(found):  # most of them are over
+            self.look_anew()
+        return found
+
+    def look_anew(self) -> None:
+        """Show every publication anew the next time: what there is to say of them may have changed."""
+        self._shown.clear()
 
     def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
         """Take in what others had done to ours, and tell it; not each time, where they do it again and again.

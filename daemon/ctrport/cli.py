@@ -171,7 +171,7 @@ def ps(
         return
     right, line = found.verdict()
     if as_json:
-        click.echo(found.status.to_json(indent=2))
+        click.echo(found.status.to_json())
     click.echo(one_line(line), err=as_json)
     raise SystemExit(0 if right else FAILED)
 

@@ -12,12 +12,14 @@ without an address keeps nobody out.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from operator import itemgetter
 
 from .choose import Ring, blocks
 from .contest import Cell, Contest, cells
@@ -154,6 +156,7 @@ class Publications:
         self._earlier: dict[tuple[ContainerKey, Mapping], Sequence[PortRange]] = {}
         self._ring = Ring()
         self._published: dict[_Key, Publication] = {}
+        self._in_order: list[tuple[_Rank, Publication]] = []  # those of containers
         self._counts: Counter[State] = Counter()
         self._before: dict[_Key, Publication | None] = {}
         for index in range(len(self._declarations)):
@@ -161,8 +164,7 @@ class Publications:
 
     def __iter__(self) -> Iterator[Publication]:
         """Iterate over all publications, containers by name, then unmatched declarations as in the file."""
-        matched = (p for p in self._published.values() if p.container is not None)
-        yield from sorted(matched, key=lambda p: (p.container, _mapping_order(p)))
+        yield from map(itemgetter(1), self._in_order)
         for declaration in self._declarations:
             mappings = dict.fromkeys(declaration.mappings)
             keys = ((declaration.source, mapping, declaration.access) for mapping in mappings)
@@ -498,12 +500,20 @@ class Publications:
         self._remove(key)
         self._published[key] = publication
         self._counts[publication.state] += 1
+        if publication.container is not None:
+            # Kept sorted: to sort thousands costs more than the one that has changed.
+            insort(self._in_order, (_rank(publication), publication), key=itemgetter(0))
 
     def _remove(self, key: _Key) -> None:
         old = self._published.pop(key, None)
         self._before.setdefault(key, old)
         if old is not None:
             self._counts[old.state] -= 1
+            if old.container is not None:
+                at = bisect_left(self._in_order, _rank(old), key=itemgetter(0))
+                while self._in_order[at][1] is not old:
+                    at += 1
+                del self._in_order[at]
 
 
 _PRINTABLE = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")
@@ -530,9 +540,15 @@ def _by_cell(holders: Iterable[Holder]) -> dict[Cell, list[Holder]]:
     return by_cell
 
 
-def _mapping_order(publication: Publication) -> tuple[str, int, str, str]:
-    mapping = publication.bound or publication.asked
-    if isinstance(mapping, Unread):
-        return ("", 0, str(mapping), publication.source)
-    first = mapping.host_ports.first if mapping.host_ports else 0
-    return (mapping.protocol.value, first, str(mapping), publication.source)
+#: Of a container's publication: namespace and id, protocol, first host port, mapping and source.
+_Rank = tuple[str, str, str, int, str, str]
+
+
+def _rank(publication: Publication) -> _Rank:
+    """Return what orders the publications of containers: by the container's name, then by the port."""
+    container, mapping = publication.container, publication.bound or publication.asked
+    assert container is not None
+    protocol, first = "", 0
+    if not isinstance(mapping, Unread):
+        protocol, first = mapping.protocol.value, mapping.host_ports.first if mapping.host_ports else 0
+    return (container.namespace, container.id, protocol, first, str(mapping), publication.source)

@@ -30,7 +30,7 @@ from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import PublicationStatus, Status, layout, networks, shown
+from .status import Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 
@@ -312,6 +312,8 @@ class Reconciler:
             self._survey.what_may_heal()
         publications = self._survey.publications
         taken = self._dataplane.reserve_again() if everything else []
+        if everything:
+            self._chronicle.look_anew()  # whose host ports are reserved by now, nobody tells
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
@@ -425,7 +427,9 @@ class Reconciler:
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
-            publications=[self._shown(publication) for publication in self._survey.publications],
+            publications=self._chronicle.all_shown(
+                self._survey.publications, self._dataplane.remark, self._problem, self._pid
+            ),
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
             backend=next(iter(self._dataplane.firewalls.values())).name,
@@ -435,11 +439,10 @@ class Reconciler:
             services=sorted(map(str, self._survey.facts.services)),
         )
 
-    def _shown(self, publication: Publication) -> PublicationStatus:
+    def _pid(self, publication: Publication) -> int:
         key = publication.container
         candidate = self._survey.publications.candidate(key) if key is not None else None
-        pid = candidate.container.pid if candidate is not None else 0
-        return self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem, pid)
+        return candidate.container.pid if candidate is not None else 0
 
 
 def _cpu() -> float:

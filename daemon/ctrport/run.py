@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two writes of the status file at the least, and until one that failed is tried again.
 STATUS_PAUSE, STATUS_RETRY = 0.2, 2.0
+#: How much of the time writing it may take: 10,000 publications take 20 ms, and events wait for that long.
+STATUS_SHARE = 0.02
 #: Seconds until a configuration that could not be read is tried again.
 CONFIG_RETRY = 5.0
 
@@ -226,6 +229,7 @@ async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyn
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), STATUS_RETRY if complaint else None)
         changed.clear()
+        began = time.monotonic()
         try:
             with spare.lent():
                 _report(reconciler, directory)
@@ -236,7 +240,7 @@ async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyn
             if not complaint:
                 log.warning("the status file cannot be written: %s; `ctrport ps` shows what it can see itself", error)
             complaint = str(error)
-        await asyncio.sleep(STATUS_PAUSE)
+        await asyncio.sleep(max(STATUS_PAUSE, (time.monotonic() - began) / STATUS_SHARE))
 
 
 def _report(reconciler: Reconciler, directory: Path) -> None:

@@ -45,7 +45,7 @@ class Seen:
         for note in self.notes:
             complain(note)
         if as_json:
-            click.echo(self.status.to_json(indent=2))
+            click.echo(self.status.to_json())
         else:
             table(self.status, wide)
 

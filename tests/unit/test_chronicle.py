@@ -11,8 +11,9 @@ import pytest
 
 from ctrport.chronicle import TELL_SAME, Chronicle
 from ctrport.firewall.drift import Drift
-from ctrport.model import State
+from ctrport.model import Publication, State
 from ctrport.publish import Change
+from ctrport.status import PublicationStatus
 from ctrport.suspicion import Grounds
 from tests.unit.worlds import active
 
@@ -98,6 +99,34 @@ def test_where_all_begins_anew_only_what_differs_is_told(caplog: pytest.LogCaptu
     assert chronicle.shown(WEB, "", "").since == since
 
 
+def test_what_is_shown_follows_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    chronicle, remarks = Chronicle(), {WEB: "a remark"}
+
+    def shown(*publications: Publication, problem: str = "") -> list[PublicationStatus]:
+        return chronicle.all_shown(publications, lambda publication: remarks.get(publication, ""), problem)
+
+    told(chronicle, caplog, Change(None, WEB), Change(None, DB), in_line=False)
+    assert [(its.since, its.reason) for its in shown(WEB, DB)] == [("", "a remark"), ("", "")]
+    told(chronicle, caplog)
+    before = shown(WEB, DB)
+    assert all(its.since for its in before)
+    assert all(one is other for one, other in zip(shown(WEB, DB), before, strict=True))  # nothing is made anew
+    assert [its.state for its in shown(WEB, DB, problem="no kernel")] == ["waiting", "waiting"]
+    assert shown(WEB, DB) == before
+    remarks.clear()
+    assert shown(WEB, DB) == before
+    chronicle.look_anew()
+    assert [its.reason for its in shown(WEB, DB)] == ["", ""]
+    # Where all begins anew, how long it has been so may be known by now.
+    late = replace(WEB)
+    assert [its.since for its in shown(late)] == [before[0].since]
+    for _ in range(10):  # what is over is not kept for ever
+        passing = replace(WEB)
+        shown(passing)
+        told(chronicle, caplog, Change(passing, None))
+    assert len(chronicle._shown) < 5
+
+
 def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pytest.LogCaptureFixture) -> None:
     chronicle = Chronicle()
     for pid in range(10):
@@ -110,19 +139,9 @@ def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pyt
     assert "by" not in chronicle.last_repair
 
 
-def test_how_a_publication_is_shown_is_worked_out_anew_only_where_something_of_it_changed() -> None:
+def test_of_what_could_not_be_written_it_is_told_what_its_rules_would_be() -> None:
     chronicle = Chronicle()
     chronicle.take([Change(None, WEB)], None)
-    chronicle.tell(lambda _: "", in_line=True)
-    shown = chronicle.shown(WEB, "", "", 7)
-    assert (shown.owner, shown.pid, shown.state) == ("default/web 8080:80/tcp", 7, "active")
-    assert chronicle.shown(WEB, "", "", 7) is shown
-    assert chronicle.shown(replace(WEB), "", "", 7) is not shown
-    assert chronicle.shown(WEB, "a remark", "", 7).reason == "a remark"
     failed = chronicle.shown(WEB, "", "somebody has held the lock", 8)
-    assert (failed.owner, failed.bound, failed.pid) == ("default/web 8080:80/tcp", "", 8)
-    moved = active("8080:80", "172.17.0.9")
-    chronicle.take([Change(WEB, moved)], None)
-    assert chronicle.shown(moved, "", "", 7).addresses == ["172.17.0.9"]
-    chronicle.take([Change(moved, None)], None)
-    assert chronicle._shown == {}
+    assert (failed.state, failed.bound) == ("waiting", "")
+    assert (failed.owner, failed.pid) == ("default/web 8080:80/tcp", 8)

@@ -77,6 +77,7 @@ def test_what_was_told_counts_and_not_the_order_of_telling(
     running, facts = final(told)
     anew = fresh(declarations, data.draw(st.permutations(list(running.values()))), facts, localhost)
     assert by_name(followed) == by_name(anew)
+    assert list(followed) == list(anew)
     assert len(followed) == len(by_name(followed))  # no name twice
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -33,6 +34,11 @@ NOW = Status(
 @given(statuses)
 def test_a_status_is_read_as_it_was_written(said: Status) -> None:
     assert Status.from_json(said.to_json()) == said
+
+
+def test_a_status_has_a_line_for_each_publication() -> None:
+    lines = replace(NOW, publications=NOW.publications * 3).to_json().splitlines()
+    assert sum('"mapping": "8080:80/tcp"' in line for line in lines) == 3
 
 
 @pytest.mark.parametrize(
