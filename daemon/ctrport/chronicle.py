@@ -149,10 +149,8 @@ class Chronicle:
         for publication in publications:
             its = known.get(id(publication))
             if its is None:
-                its = known[id(publication)] = (
-                    publication,
-                    self.shown(publication, remark(publication), problem, pid(publication)),
-                )
+                shown = self.shown(publication, remark(publication), problem, pid(publication))
+                its = known[id(publication)] = (publication, shown)
             found.append(its[1])
         if len(known) > 2 * len(found):  # most of them are over
             self.look_anew()

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 # What takes long to import is imported by the commands that need it: `ctrport ps` asks a running daemon and the kernel,
 # and does without gRPC and pydantic.
 
+#: How many events are shown, unless it is said.
+EVENTS = 50
 #: Where the configuration is, unless it is said.
 DEFAULT_PATH = "/etc/ctrport/config.yaml"
 
@@ -77,8 +80,9 @@ def run(path: str, directory: Path, verbose: bool, style: str) -> None:
     """Run the daemon until SIGTERM."""
     import asyncio
 
-    from . import events, logs
+    from . import logs
     from . import run as daemon
+    from .events import recorded
 
     logs.begin(verbose, style)
     config = _load(path)
@@ -90,7 +94,7 @@ def run(path: str, directory: Path, verbose: bool, style: str) -> None:
             fail(str(error))
         except OSError as error:
             fail(f"the run directory {directory} cannot be used: {error.strerror}")
-        held.enter_context(events.recorded(directory))
+        held.enter_context(recorded(directory))
         try:
             asyncio.run(daemon.run(config, path, directory, lock))
         except daemon.Failed:
@@ -171,6 +175,46 @@ def ps(
         click.echo(found.status.to_json())
     click.echo(one_line(line), err=as_json)
     raise SystemExit(0 if right else FAILED)
+
+
+def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
+    from . import happened
+
+    try:
+        return None if text is None else happened.moment(text)
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{text!r}; expected 10m, 2h or 3d ago, or 2026-01-31T14:00") from None
+
+
+@cli.command()
+@_directory_option
+@_filter_options
+@click.option(
+    "--since", callback=_since, metavar="WHEN", help="Only from then on: 10m, 2h or 3d ago, or 2026-01-31T14:00."
+)
+@click.option("--lines", "most", type=click.IntRange(0), metavar="N", help="The last N; without --since 50.")
+@click.option("--follow", is_flag=True, help="Go on, and show what comes.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line, for programs.")
+def events(
+    directory: Path,
+    states: tuple[str, ...],
+    namespaces: tuple[str, ...],
+    names: tuple[str, ...],
+    since: datetime | None,
+    most: int | None,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Show what happened: published, withdrawn, taken over, repaired, reloaded, lost and found again."""
+    from . import happened
+
+    chosen = ps_.Filter(states, namespaces, names)
+    if most is None and since is None:
+        most = EVENTS
+    try:
+        happened.show(directory, chosen, since, most, follow=follow, as_json=as_json)
+    except OSError as error:
+        fail(f"what happened cannot be read in {directory}: {error.strerror}")
 
 
 @cli.command()

@@ -210,7 +210,7 @@ class Status:
             raise ValueError(f"not a status file of this version: {error}") from error
 
 
-_LISTS = ("publications", "networks")
+_LISTS = ("publications", "networks", "undeclared")
 
 
 def _lines(items: Iterable[str]) -> str:

@@ -182,11 +182,9 @@ def test_the_same_drift_is_told_a_few_times_whichever_process_it_was(caplog: pyt
     assert "by" not in chronicle.last_repair
 
 
-def test_whoever_asks_the_kernel_is_told_whose_rules_to_look_for_whatever_the_state() -> None:
+def test_of_what_could_not_be_written_it_is_told_what_its_rules_would_be() -> None:
     chronicle = Chronicle()
     chronicle.take([Change(None, WEB)], None)
-    chronicle.tell(lambda _: "", in_line=True)
-    [shown] = chronicle.all_shown([WEB], lambda _: "", "", lambda _: 7)
-    assert (shown.owner, shown.pid, shown.state) == ("default/web 8080:80/tcp", 7, "active")
     failed = chronicle.shown(WEB, "", "somebody has held the lock", 8)
-    assert (failed.owner, failed.bound, failed.pid) == ("default/web 8080:80/tcp", "", 8)
+    assert (failed.state, failed.bound) == ("waiting", "")
+    assert (failed.owner, failed.pid) == ("default/web 8080:80/tcp", 8)

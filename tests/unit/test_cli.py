@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ctrport import __version__, cli, status
+from ctrport.events import NAME, Event
 from ctrport.status import PublicationStatus, Status
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +112,12 @@ def test_each_command_has_help(ctrport: Run, command: str) -> None:
         *(["publish"], ["publish", "web"], ["unpublish"], ["publish", "web", "8080:80", "--force"]),
         *(["ps", "--check", "--state", "active"], ["ps", "--check", "--watch"], ["ps", "--watch", "--json"]),
         *(["ps", "--state", "gone"], ["ps", "--count", "1"], ["ps", "--watch", "--count", "0"]),
+        *(
+            ["events", "--since", "noon"],
+            ["events", "--since", "999999d"],
+            ["events", "--lines", "-1"],
+            ["events", "x"],
+        ),
     ],
     ids=" ".join,
 )
@@ -505,6 +512,101 @@ def test_ps_with_a_daemon_imports_nothing_that_takes_long(tmp_path: Path) -> Non
             check=True,
         )
     assert ended.stderr == f"{UNASKED}\n"
+
+
+# events
+
+
+TOLD = [
+    ("2024-05-01T10:00:00", Event("started", version="1", pid=7)),
+    ("2024-05-01T10:00:01", Event("published", container="default/web", mapping="8080:80/tcp", address="172.17.0.2")),
+    ("2024-05-01T10:00:02", Event("conflict", container="default/db", mapping="8080:80/tcp", reason='it is "held"')),
+    ("2024-05-02T10:00:00", Event("taken-over", pod="shop/web", sandbox="k8s.io/f00d", mapping="81:80/tcp", was="x")),
+    ("2024-05-02T10:00:01", Event("withdrawn", container="default/web", mapping="8080:80/tcp")),
+    ("2024-05-02T10:00:02", Event("waiting", container="none", mapping="9:9/tcp", reason="a\nb")),
+]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A run directory in which this happened, in a land where it is three o'clock when it is noon."""
+    lines = ({"v": 1, "time": f"{at}.000+00:00", "event": its.name, **its.fields} for at, its in TOLD)
+    (tmp_path / NAME).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with monkeypatch.context() as zone:
+        zone.setenv("TZ", "XST-3")
+        time.tzset()
+        yield tmp_path
+    time.tzset()
+
+
+def names(ended: Ended) -> list[str]:
+    assert (ended.status, ended.err) == (0, "")
+    return [line.split()[2] for line in ended.out.splitlines()]
+
+
+def test_events_are_lines_in_the_words_of_the_log(ctrport: Run, kept: Path, nobody: None) -> None:
+    ended = ctrport("events", "--run-dir", str(kept))
+    assert names(ended) == [its.name for _, its in TOLD]
+    lines = ended.out.splitlines()
+    assert lines[0] == "2024-05-01 13:00:00  started        version=1 pid=7"
+    assert lines[2].endswith('container=default/db mapping=8080:80/tcp reason="it is \\"held\\""')
+    assert lines[5].endswith('reason="a\\nb"')
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--lines 2", ["withdrawn", "waiting"]),
+        ("--lines 0", []),
+        ("--since 2024-05-02", ["taken-over", "withdrawn", "waiting"]),
+        ("--since 2024-05-02T13:00:01", ["withdrawn", "waiting"]),
+        ("--since 2024-05-02T10:00:01+00:00 --lines 1", ["waiting"]),
+        ("--since 9999d", [its.name for _, its in TOLD]),
+        ("--name web", ["published", "withdrawn"]),
+        ("--name pod:shop/*", ["taken-over"]),
+        ("--namespace k8s.io", ["taken-over"]),
+        ("--namespace default --state conflict", ["conflict"]),
+        ("--state active", ["published", "taken-over"]),
+        ("--state waiting", ["waiting"]),
+    ],
+)
+def test_events_are_chosen_as_publications_are(ctrport: Run, kept: Path, options: str, expected: list[str]) -> None:
+    shown = ctrport("events", "--run-dir", str(kept), *options.split())
+    assert [line.split()[2] for line in shown.out.splitlines()] == expected
+
+
+def test_events_for_programs(ctrport: Run, kept: Path) -> None:
+    ended = ctrport("events", "--run-dir", str(kept), "--json", "--lines", "2")
+    assert [json.loads(line) for line in ended.out.splitlines()] == [
+        json.loads(line) for line in (kept / NAME).read_text().splitlines()[-2:]
+    ]
+
+
+def test_events_are_followed_until_ctrl_c(ctrport: Run, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = iter(["reloaded", "stopped"])
+
+    def sleep(_: float) -> None:
+        name = next(steps, None)
+        if name is None:
+            raise KeyboardInterrupt
+        with (kept / NAME).open("a") as file:
+            file.write(json.dumps({"v": 1, "time": "2024-05-03T10:00:00.000+00:00", "event": name}) + "\n")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert names(ctrport("events", "--run-dir", str(kept), "--follow", "--lines", "1")) == [
+        *("waiting", "reloaded", "stopped")
+    ]
+
+
+def test_where_nothing_was_kept_there_is_nothing_to_show(ctrport: Run, tmp_path: Path) -> None:
+    ended = ctrport("events", "--run-dir", str(tmp_path))
+    assert ended == Ended(0, "", f"nothing to show was kept in {tmp_path}\n")
+
+
+def test_events_that_cannot_be_read(ctrport: Run, tmp_path: Path) -> None:
+    (tmp_path / NAME).mkdir()
+    ended = ctrport("events", "--run-dir", str(tmp_path))
+    assert ended == Ended(1, "", f"ctrport: what happened cannot be read in {tmp_path}: Is a directory\n")
 
 
 def test_clean_refuses_while_a_daemon_holds_the_lock(ctrport: Run, tmp_path: Path, root: None) -> None:

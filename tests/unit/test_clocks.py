@@ -20,6 +20,7 @@ WALL = {
 SHOWN = {
     ("chronicle.py", "_note"),
     ("events.py", "moment"),
+    ("happened.py", "moment"),
     ("ps.py", "_age"),
     ("reconcile.py", "status"),
     ("reconcile.py", "__init__"),

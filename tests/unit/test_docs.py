@@ -10,6 +10,7 @@ import click
 import pytest
 
 from ctrport import cli, config, terminal
+from ctrport.events import KINDS
 from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.rules import USER_CHAIN, Layout
@@ -145,6 +146,13 @@ def test_each_exit_status_is_explained() -> None:
     text = (ROOT / "README.md").read_text()
     explained = re.findall(r"^\| ([0-9]) \|", text[text.index("| exit status |") :], re.MULTILINE)
     assert explained == [str(code) for code in (0, terminal.FAILED, terminal.BAD_USAGE, terminal.TO_CHANGE)]
+
+
+def test_each_kind_of_event_is_explained() -> None:
+    rows = re.findall(
+        r"^\| (`[^|]+) \|", _operating().partition("### What happened")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    assert {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)} == set(KINDS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
