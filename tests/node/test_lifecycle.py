@@ -298,6 +298,14 @@ def test_who_has_a_port_keeps_it_when_the_daemon_restarts(node: Node, ctrport: C
     assert ctrport.transactions == 0
 
 
+def restart(ctrport: Ctrport, number: signal.Signals) -> None:
+    """End the daemon so, and return when the next one has come round: one that was killed has left its last word."""
+    before = ctrport.status()["pid"]
+    ctrport.stop(number)
+    ctrport.start()
+    eventually(lambda: ctrport.status()["pid"] != before and ctrport.in_line(), what="the word of the next one")
+
+
 def test_who_waits_takes_over_from_a_task_that_was_killed_in_the_order_of_the_start(
     node: Node, ctrport: Ctrport
 ) -> None:
@@ -327,8 +335,7 @@ def test_who_waits_takes_over_from_a_task_that_was_killed_in_the_order_of_the_st
         "default/zz 8080:80/tcp 172.17.0.2 active",
     ]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        ctrport.stop(number)
-        ctrport.start()
+        restart(ctrport, number)
         eventually(in_order, what="the line after a restart")
     wait_open(node, 8080, "zz")
     node.kill(containers[line.pop(0)])
