@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..model import Count, Family
-from ..nfnetlink import Writer
+from ..nfnetlink import NfTables, Writer
 from ..nlmsg import Interrupted, Rejected
 from ..programs import Ready
 from . import FirewallError, Refused, Unusable
 from .commands import TIMEOUT, errors, failure
+from .foreign import dropping
 from .sets import Element, Set, table
 from .standing import Standing
 from .tablelink import TableLink
@@ -50,6 +51,11 @@ class NftTable:
         """See ``TableKernel.counts``."""
         with self._errors("read"):
             return list(self._link.counts(maps))
+
+    async def dropping(self) -> list[str]:
+        """See ``TableKernel.dropping``."""
+        with self._errors("read"), contextlib.closing(NfTables()) as tables:
+            return [str(each) for each in dropping(tables, self.family)]
 
     async def load(self, text: str) -> None:
         """See ``TableKernel.load``."""
