@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -393,6 +394,34 @@ def test_a_table_of_others_that_drops_is_warned_of(world: World) -> None:
     eventually(lambda: world.warnings == [], what="the warning being over")
     world.open()
     world.nft("delete table inet other")
+
+
+@pytest.mark.parametrize(
+    ("table", "chain", "rule"),
+    [
+        ("cni_hostport", "hostports", "tcp dport 8082 dnat to 172.17.0.9:80"),
+        ("cni_hostport", "hostip_hostports", "ip daddr 198.51.100.1 tcp dport 8000-8082 dnat to 172.17.0.9"),
+        ("docker-bridges", "nat-prerouting-and-output", 'tcp dport 8082 counter dnat to 172.17.0.9:80 comment "DNAT"'),
+    ],
+)
+def test_a_host_port_in_a_table_of_portmaps_or_dockerds_own_is_theirs(
+    world: World, table: str, chain: str, rule: str
+) -> None:
+    world.nft(
+        *(f"add table ip {table}", f"add chain ip {table} {chain}"),
+        *(f"add rule ip {table} {chain} {rule}", f"add rule ip {table} {chain} tcp dport 8080 accept"),
+    )
+    late = world.node.start("late")
+    try:
+        held = f"/tcp is held by {table}"
+        publication = partial(world.ctrport.publication, "8082:80/tcp")
+        # Seen at the next tick.
+        eventually(lambda: publication()["reason"].endswith(held), within=15, what="the port being theirs")
+        world.open()
+    finally:
+        world.node.delete(late)
+        world.nft(f"delete table ip {table}")
+    world.ctrport.wait_for("8082:80/tcp", "waiting")
 
 
 # How it goes.

@@ -40,6 +40,7 @@ class NftTable:
         self.family = family
         self._announce = announce
         self._kept: TableLink | None = None
+        self._me: Writer | None = None
         self._nft = Ready("nft", "--file", "-")
 
     async def read(self, standing: Standing) -> Held | None:
@@ -97,8 +98,10 @@ class NftTable:
 
     def _say_who_writes(self) -> None:
         """Tell the alarm that the next commit is this thread's, as the kernel will call it."""
-        name = Path("/proc/thread-self/comm").read_text().rstrip("\n")
-        self._announce(Writer(threading.get_native_id(), name), 1)
+        if self._me is None or self._me.pid != threading.get_native_id():
+            name = Path("/proc/thread-self/comm").read_text().rstrip("\n")
+            self._me = Writer(threading.get_native_id(), name)
+        self._announce(self._me, 1)
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:
