@@ -402,6 +402,7 @@ class Reconciler:
                     self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
+                    self._tell_of_node()  # of tables of others something may be new, too
                 self._problem = ""
                 self._writing.reset()
             if grounds.since is not None:

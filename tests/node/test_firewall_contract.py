@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,11 +22,14 @@ from ctrport.firewall.nft_table import NftTable
 from ctrport.firewall.nftables import OwnTable
 from ctrport.firewall.sets import table
 from ctrport.firewall.tables import Tables
-from ctrport.model import Family, Protocol
-from ctrport.rules import Layout, Table
+from ctrport.model import Family, Protocol, Publication
+from ctrport.nfnetlink import NfTables
+from ctrport.nlmsg import Message
+from ctrport.rules import Layout, Rule, Ruleset, Table, rules_for
 from embedded.host import Host, inside
-from tests.contract.firewall import FirewallContract, Run, Visitor
+from tests.contract.firewall import LAYOUT, FirewallContract, Run, Visitor, wanted
 from tests.contract.tables import Operator, TablesContract
+from tests.unit.worlds import active
 
 T = TypeVar("T")
 
@@ -212,6 +215,46 @@ class TestNftTable(FirewallContract):
     @pytest.fixture
     def visitor(self, host: Host, grounds: NftGrounds) -> Visitor:
         return visitor_of(host, grounds.family)
+
+
+def test_a_change_is_as_many_bytes_whatever_the_table_holds(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    together = NfTables.together
+
+    def counted(self: NfTables, batch: Sequence[Message]) -> None:
+        sent.append(sum(len(message.body) for message in batch))
+        together(self, batch)
+
+    def rules_of(publication: Publication) -> list[Rule]:
+        return [rule for rule in rules_for(publication, LAYOUT) if rule.family is Family.IPV4]
+
+    async def work() -> None:
+        firewall = OwnTable(NftTable(Family.IPV4), LAYOUT)
+        rules = Ruleset(wanted(Family.IPV4, ()))
+        await firewall.read()
+        await firewall.apply(firewall.plan(rules))
+        monkeypatch.setattr(NfTables, "together", counted)
+        its = rules_of(active("60000:80", name="one"))
+
+        async def come_and_go() -> list[int]:
+            sent.clear()
+            await firewall.apply(firewall.plan_change(rules.replace((), its)))
+            await firewall.apply(firewall.plan_change(rules.replace(its, ())))
+            return sent.copy()
+
+        others = [active(f"{number}:80", f"172.17.{number >> 8}.{number & 255}") for number in range(1000, 11000)]
+        await firewall.apply(firewall.plan_change(rules.replace((), rules_of(others[0]))))
+        beside_one = await come_and_go()
+        many = [rule for each in others[1:] for rule in rules_of(each)]
+        await firewall.apply(firewall.plan_change(rules.replace((), many)))
+        assert await come_and_go() == beside_one
+        assert len(beside_one) == 2
+        assert max(beside_one) < 1000
+        await firewall.read()
+        assert not firewall.plan(rules)
+        await firewall.close()
+
+    in_namespace_of(host, work())
 
 
 def test_commands_reach_the_tables_of_the_namespace_that_they_start_in(host: Host) -> None:
