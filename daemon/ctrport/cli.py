@@ -219,7 +219,8 @@ def events(
 @cli.command()
 @_config_option
 @_directory_option
-def plan(path: str, directory: Path) -> None:
+@click.option("--raw", is_flag=True, help="Not as a diff: the text that would be written, as shell that writes it.")
+def plan(path: str, directory: Path, raw: bool) -> None:
     """Show what `run` would change in the kernel now, as a diff; change nothing. Exits 3 where there is something."""
     from . import run as daemon
     from .report import pending
@@ -227,13 +228,14 @@ def plan(path: str, directory: Path) -> None:
     config = _load(path)
     _as_root("plan")
     layout = daemon.layout(config)
-    lines = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
+    due = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
+    lines = due.script() if raw else due.diff()
     for line in lines:
-        colour = {"+": "green", "-": "red"}.get(line[:1])
+        colour = None if raw else {"+": "green", "-": "red"}.get(line[:1])
         click.echo(click.style(one_line(line), fg=colour))
     if lines:
         raise SystemExit(TO_CHANGE)
-    click.echo("nothing to change")
+    click.echo("nothing to change", err=raw)
 
 
 @cli.command()

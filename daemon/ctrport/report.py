@@ -6,7 +6,8 @@ what of it there is.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import __version__, ports, status
@@ -14,7 +15,7 @@ from .config import Config
 from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
-from .firewall import Firewall
+from .firewall import AnyPlan, Firewall
 from .hostports import Reservations
 from .installed import Sight, shown
 from .listeners import UNKNOWN
@@ -60,19 +61,45 @@ async def without_daemon(
     return replace(seen, firewall=_summary(due, sum(its.installed is False for its in seen.publications)))
 
 
-async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> list[str]:
-    """Return what ``run`` would change in the kernel now, as the lines of a diff; empty where nothing. Changes nothing.
+@dataclass(frozen=True)
+class Pending:
+    """What ``run`` would change in the kernel now: what is due, and then what deletes chains of another name."""
+
+    due: Transition
+    sweeps: Sequence[tuple[Firewall, AnyPlan]]
+
+    def diff(self) -> list[str]:
+        """Return the lines of a diff, empty where nothing is to change."""
+        lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_off]
+        for firewall, plan in (*self.due.plans, *self.sweeps):
+            lines += firewall.diff(plan)
+        lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_on]
+        return lines + [f"+ bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+
+    def script(self) -> list[str]:
+        """Return lines of shell that do it, in the order of ``run``; empty where nothing is to change."""
+        lines = [_switch(device, 0) for device in self.due.localnet_off]
+        for firewall, plan in self.due.plans:
+            lines += firewall.script(plan)
+        lines += [_switch(device, 1) for device in self.due.localnet_on]
+        lines += [f"bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+        for firewall, plan in self.sweeps:
+            lines += firewall.script(plan)
+        return lines
+
+
+def _switch(device: str, value: int) -> str:
+    # With slashes: the name of a device may have dots.
+    return f"sysctl -w net/ipv4/conf/{device}/route_localnet={value}"
+
+
+async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> Pending:
+    """Return what ``run`` would change in the kernel now. Changes nothing.
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
     _, due, _ = await _look(config, firewalls, layout, directory)
-    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
-    for firewall, plan in due.plans:
-        lines += firewall.diff(plan)
-    for firewall in firewalls.values():
-        lines += firewall.diff(await firewall.plan_sweep())
-    lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
-    return lines + [f"+ bridge link set dev {port} hairpin on" for port in due.hairpin_on]
+    return Pending(due, [(firewall, await firewall.plan_sweep()) for firewall in firewalls.values()])
 
 
 async def _look(

@@ -48,6 +48,7 @@ class LegacyTables:
     ) -> None:
         self.family = family
         self._save = "iptables-legacy-save" if family is Family.IPV4 else "ip6tables-legacy-save"
+        self.writer = f"{self._save.replace('-save', '-restore')} -w --noflush"
         self._worker = _Worker((*worker, str(family.value)))
         self._timeout = timeout
         self._reads: dict[Table, asyncio.Task[str]] = {}
