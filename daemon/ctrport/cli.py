@@ -41,6 +41,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> NoReturn:
     """Run the command line."""
+    if "_CTRPORT_COMPLETE" in os.environ:
+        from . import completion  # noqa: F401 - a shell asks, and is told in the ways of this module
     cli(prog_name="ctrport")
     raise SystemExit(0)
 
@@ -52,7 +54,12 @@ def cli() -> None:
 
 def _config_option(command: Command) -> Command:
     return click.option(
-        "--config", "path", default=DEFAULT_PATH, show_default=True, metavar="FILE", help="The configuration."
+        *("--config", "path"),
+        default=DEFAULT_PATH,
+        show_default=True,
+        metavar="FILE",
+        type=click.Path(),
+        help="The configuration.",
     )(command)
 
 
@@ -109,12 +116,36 @@ def check(path: str) -> None:
     click.echo(f"{one_line(path)}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
 
 
+def _containers(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from . import completion
+
+    return completion.containers(context, parameter, incomplete)
+
+
+def _namespaces(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from . import completion
+
+    return completion.namespaces(context, parameter, incomplete)
+
+
 def _filter_options(command: Command) -> Command:
     states = click.Choice(ps_.STATES)
     for option in (
         click.option("--state", "states", multiple=True, type=states, help="Only in this state; repeatable."),
-        click.option("--namespace", "namespaces", multiple=True, metavar="GLOB", help="Only of this of containerd's."),
-        click.option("--name", "names", multiple=True, metavar="GLOB", help="Only of this container, or pod:NS/NAME."),
+        click.option(
+            *("--namespace", "namespaces"),
+            multiple=True,
+            metavar="GLOB",
+            shell_complete=_namespaces,
+            help="Only of this of containerd's.",
+        ),
+        click.option(
+            *("--name", "names"),
+            multiple=True,
+            metavar="GLOB",
+            shell_complete=_containers,
+            help="Only of this container, or pod:NAMESPACE/NAME.",
+        ),
     ):
         command = option(command)
     return command
@@ -251,6 +282,15 @@ def clean(directory: Path, force: bool) -> None:
         fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
     removed = [_await(remove_everything(firewall)) for firewall in _await(every_firewall())]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what a shell is to read so that it completes commands, options, containers and namespaces."""
+    from . import completion
+
+    click.echo(completion.script(shell, cli))
 
 
 @cli.command()

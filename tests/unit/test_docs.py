@@ -46,8 +46,13 @@ def wrong(arguments: list[str]) -> str | None:
     if command is None:
         return f"no command {name}"
     flags = {flag: one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    places = [one for one in command.params if isinstance(one, click.Argument)]
     while rest:
-        option = flags.get(rest.pop(0))
+        word = rest.pop(0)
+        option = flags.get(word)
+        if option is None and places and not word.startswith("-"):
+            places.pop(0)
+            continue
         if option is None:
             return f"{name} has no such option, and takes no arguments: {arguments}"
         if not option.is_flag and not rest:
