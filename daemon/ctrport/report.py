@@ -6,7 +6,8 @@ what of it there is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from .config import Config
 from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
-from .firewall import AnyPlan, Firewall
+from .firewall import AnyPlan, Firewall, FirewallError
+from .firewall.backends import others_than
 from .hostports import Reservations
 from .installed import Sight, shown
 from .listeners import UNKNOWN
@@ -50,7 +52,7 @@ async def without_daemon(
         firewall="",
         publications=[replace(its, since=since.get(its.owner, "")) for its in publications],
         networks=status.networks(survey.facts, survey.amiss),
-        warnings=list(survey.warnings),
+        warnings=[*survey.warnings, *await _elsewhere(firewalls.values(), layout)],
         backend=next(iter(firewalls.values())).name,
         families=[family.value for family in firewalls],
         layout=status.layout(layout),
@@ -59,6 +61,18 @@ async def without_daemon(
     )
     seen = shown(current, await Sight.of(due, firewalls.values()), NOT_INSTALLED)
     return replace(seen, firewall=_summary(due, sum(its.installed is False for its in seen.publications)))
+
+
+async def _elsewhere(firewalls: Collection[Firewall], layout: Layout) -> list[str]:
+    """Return what the kernel holds of ours beside what is to be there, in a sentence each."""
+    said = []
+    if any([await firewall.plan_sweep() for firewall in firewalls]):
+        said.append("the kernel holds chains of another firewall.chain, too: `ctrport plan` shows them")
+    for other in await others_than(next(iter(firewalls)).name, layout):
+        with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
+            if await other.counters():
+                said.append(f"{other.name} holds rules of ours, too: the daemon removes them when it starts")
+    return list(dict.fromkeys(said))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import select
 import shlex
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +12,7 @@ import pytest
 
 from ctrport import status
 from ctrport.status import PublicationStatus, Status
-from tests.node.daemon import BYTECODE, ROOT
+from tests.node.terminal import Terminal, environment, install
 
 NAMES = (
     *(("default", "web", ""), ("default", "web-2", ""), ("staging", "db", "")),
@@ -33,25 +28,8 @@ def run(tmp_path: Path) -> Path:
         for namespace, container, pod in NAMES
     ]
     status.write(tmp_path, Status("1", True, 1, "", "", "", publications=publications))
-    command = tmp_path / "bin" / "ctrport"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m ctrport "$@"\n')
-    command.chmod(0o755)
+    install(tmp_path)
     return tmp_path
-
-
-def environment(run: Path) -> dict[str, str]:
-    home = run / "home"
-    home.mkdir(exist_ok=True)
-    path = f"{run / 'bin'}:{os.environ['PATH']}"
-    return {
-        "PATH": path,
-        "PYTHONPATH": str(ROOT / "daemon"),
-        "HOME": str(home),
-        "TERM": "dumb",
-        "LANG": "C",
-        **BYTECODE,
-    }
 
 
 def script(run: Path, shell: str) -> Path:
@@ -125,37 +103,6 @@ def test_commands_options_states_and_names_are_completed(shell: Bash | Fish, run
     assert shell.completed(f"ctrport events --run-dir {run} --namespace k") == ["k8s.io"]
     # Where no daemon has said anything there is nothing to offer, and nothing to complain of.
     assert shell.completed(f"ctrport ps --run-dir {run}/none --name web") == []
-
-
-class Terminal:
-    """A shell that somebody types into."""
-
-    def __init__(self, run: Path, *argv: str) -> None:
-        self._said = ""
-        self._file, its = pty.openpty()
-        # It becomes the shell itself, with a terminal of its own.
-        self._process = subprocess.Popen(
-            ["setsid", "--ctty", *argv], stdin=its, stdout=its, stderr=its, env=environment(run)
-        )
-        os.close(its)
-
-    def type(self, text: str) -> None:
-        os.write(self._file, text.encode())
-
-    def wait_for(self, pattern: str, within: float = 20) -> str:
-        """Wait until it has printed this since the last time."""
-        end = time.monotonic() + within
-        while (found := re.search(pattern, self._said)) is None:
-            assert time.monotonic() < end, f"no {pattern!r} in {self._said!r}"
-            if select.select([self._file], [], [], 0.2)[0]:
-                self._said += os.read(self._file, 4096).decode(errors="replace")
-        self._said = self._said[found.end() :]
-        return found[0]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._file)
 
 
 @pytest.fixture(params=["bash", "zsh"])
