@@ -42,6 +42,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def main() -> NoReturn:
     """Run the command line."""
+    if "_CTRPORT_COMPLETE" in os.environ:
+        from . import completion  # noqa: F401 - a shell asks, and is told in the ways of this module
     cli(prog_name="ctrport")
     raise SystemExit(0)
 
@@ -53,7 +55,12 @@ def cli() -> None:
 
 def _config_option(command: Command) -> Command:
     return click.option(
-        "--config", "path", default=DEFAULT_PATH, show_default=True, metavar="FILE", help="The configuration."
+        *("--config", "path"),
+        default=DEFAULT_PATH,
+        show_default=True,
+        metavar="FILE",
+        type=click.Path(),
+        help="The configuration.",
     )(command)
 
 
@@ -110,12 +117,36 @@ def check(path: str) -> None:
     click.echo(f"{one_line(path)}: in order; declarations: {len(config.publish)}, mappings: {mappings}")
 
 
+def _containers(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from . import completion
+
+    return completion.containers(context, parameter, incomplete)
+
+
+def _namespaces(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    from . import completion
+
+    return completion.namespaces(context, parameter, incomplete)
+
+
 def _filter_options(command: Command) -> Command:
     states = click.Choice(ps_.STATES)
     for option in (
         click.option("--state", "states", multiple=True, type=states, help="Only in this state; repeatable."),
-        click.option("--namespace", "namespaces", multiple=True, metavar="GLOB", help="Only of this of containerd's."),
-        click.option("--name", "names", multiple=True, metavar="GLOB", help="Only of this container, or pod:NS/NAME."),
+        click.option(
+            *("--namespace", "namespaces"),
+            multiple=True,
+            metavar="GLOB",
+            shell_complete=_namespaces,
+            help="Only of this of containerd's.",
+        ),
+        click.option(
+            *("--name", "names"),
+            multiple=True,
+            metavar="GLOB",
+            shell_complete=_containers,
+            help="Only of this container, or pod:NAMESPACE/NAME.",
+        ),
     ):
         command = option(command)
     return command
@@ -220,7 +251,8 @@ def events(
 @cli.command()
 @_config_option
 @_directory_option
-def plan(path: str, directory: Path) -> None:
+@click.option("--raw", is_flag=True, help="Not as a diff: the text that would be written, as shell that writes it.")
+def plan(path: str, directory: Path, raw: bool) -> None:
     """Show what `run` would change in the kernel now, as a diff; change nothing. Exits 3 where there is something."""
     from . import run as daemon
     from .report import pending
@@ -228,13 +260,14 @@ def plan(path: str, directory: Path) -> None:
     config = _load(path)
     _as_root("plan")
     layout = daemon.layout(config)
-    lines = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
+    due = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
+    lines = due.script() if raw else due.diff()
     for line in lines:
-        colour = {"+": "green", "-": "red"}.get(line[:1])
+        colour = None if raw else {"+": "green", "-": "red"}.get(line[:1])
         click.echo(click.style(one_line(line), fg=colour))
     if lines:
         raise SystemExit(TO_CHANGE)
-    click.echo("nothing to change")
+    click.echo("nothing to change", err=raw)
 
 
 @cli.command()
@@ -295,6 +328,15 @@ def clean(directory: Path, force: bool) -> None:
         fail("the daemon runs and would put its rules back: stop it first (systemctl stop ctrport), or say --force")
     removed = [_await(remove_everything(firewall)) for firewall in _await(every_firewall())]
     click.echo("every rule of ctrport is removed" if any(removed) else "there was no rule of ctrport")
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what a shell is to read so that it completes commands, options, containers and namespaces."""
+    from . import completion
+
+    click.echo(completion.script(shell, cli))
 
 
 @cli.command()

@@ -6,7 +6,9 @@ what of it there is.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import __version__, ports, status
@@ -14,7 +16,8 @@ from .config import Config
 from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
-from .firewall import Firewall
+from .firewall import AnyPlan, Firewall, FirewallError
+from .firewall.backends import others_than
 from .hostports import Reservations
 from .installed import Sight, shown
 from .listeners import UNKNOWN
@@ -49,7 +52,7 @@ async def without_daemon(
         firewall="",
         publications=[replace(its, since=since.get(its.owner, "")) for its in publications],
         networks=status.networks(survey.facts, survey.amiss),
-        warnings=list(survey.warnings),
+        warnings=[*survey.warnings, *await _elsewhere(firewalls.values(), layout)],
         backend=next(iter(firewalls.values())).name,
         families=[family.value for family in firewalls],
         layout=status.layout(layout),
@@ -60,19 +63,57 @@ async def without_daemon(
     return replace(seen, firewall=_summary(due, sum(its.installed is False for its in seen.publications)))
 
 
-async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> list[str]:
-    """Return what ``run`` would change in the kernel now, as the lines of a diff; empty where nothing. Changes nothing.
+async def _elsewhere(firewalls: Collection[Firewall], layout: Layout) -> list[str]:
+    """Return what the kernel holds of ours beside what is to be there, in a sentence each."""
+    said = []
+    if any([await firewall.plan_sweep() for firewall in firewalls]):
+        said.append("the kernel holds chains of another firewall.chain, too: `ctrport plan` shows them")
+    for other in await others_than(next(iter(firewalls)).name, layout):
+        with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
+            if await other.counters():
+                said.append(f"{other.name} holds rules of ours, too: the daemon removes them when it starts")
+    return list(dict.fromkeys(said))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What ``run`` would change in the kernel now: what is due, and then what deletes chains of another name."""
+
+    due: Transition
+    sweeps: Sequence[tuple[Firewall, AnyPlan]]
+
+    def diff(self) -> list[str]:
+        """Return the lines of a diff, empty where nothing is to change."""
+        lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_off]
+        for firewall, plan in (*self.due.plans, *self.sweeps):
+            lines += firewall.diff(plan)
+        lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_on]
+        return lines + [f"+ bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+
+    def script(self) -> list[str]:
+        """Return lines of shell that do it, in the order of ``run``; empty where nothing is to change."""
+        lines = [_switch(device, 0) for device in self.due.localnet_off]
+        for firewall, plan in self.due.plans:
+            lines += firewall.script(plan)
+        lines += [_switch(device, 1) for device in self.due.localnet_on]
+        lines += [f"bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+        for firewall, plan in self.sweeps:
+            lines += firewall.script(plan)
+        return lines
+
+
+def _switch(device: str, value: int) -> str:
+    # With slashes: the name of a device may have dots.
+    return f"sysctl -w net/ipv4/conf/{device}/route_localnet={value}"
+
+
+async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> Pending:
+    """Return what ``run`` would change in the kernel now. Changes nothing.
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
     _, due, _ = await _look(config, firewalls, layout, directory)
-    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
-    for firewall, plan in due.plans:
-        lines += firewall.diff(plan)
-    for firewall in firewalls.values():
-        lines += firewall.diff(await firewall.plan_sweep())
-    lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
-    return lines + [f"+ bridge link set dev {port} hairpin on" for port in due.hairpin_on]
+    return Pending(due, [(firewall, await firewall.plan_sweep()) for firewall in firewalls.values()])
 
 
 async def _look(

@@ -5,7 +5,9 @@ What people read goes to stdout, all else to stderr.
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
@@ -15,6 +17,9 @@ from . import ps, status
 from .lines import one_line as one_line
 
 FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
+
+#: Columns of a terminal that a reason is not folded into less than, and by how many it is indented below its row.
+ROOM, INDENT = 40, 4
 
 _COLOURS = {
     "active": "green",
@@ -57,31 +62,34 @@ def remarks(current: status.Status) -> Iterator[str]:
 
 
 def _drawn(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    cells = [tuple(map(one_line, row)) for row in rows]
-    yield from _folded(cells) if sys.stdout.isatty() else _aligned(cells)
+    lines = [tuple(map(one_line, row)) for row in rows]
+    if sys.stdout.isatty():
+        yield from _folded(lines, shutil.get_terminal_size().columns)
+    else:
+        yield from ("  ".join(cells).rstrip() for cells in _aligned(lines))
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:
+    """Return the cells of the rows as wide as their columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
 
 
-def _folded(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Yield the lines of a table that is as wide as the terminal, and in colour."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _folded(rows: Sequence[tuple[str, ...]], width: int) -> Iterator[str]:
+    """Yield the lines of a table in colour, the last column, which is the longest, folded to the width of a terminal.
 
-    head, *rest = rows
-    table = Table(*head, box=None, header_style="", pad_edge=False)
-    for row in rest:
-        styles = (_COLOURS.get(cell, "") if name == "STATE" else "" for name, cell in zip(head, row, strict=True))
-        table.add_row(*(Text(cell, style=style, overflow="fold") for cell, style in zip(row, styles, strict=True)))
-    console = Console(highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    yield from (line.rstrip() for line in captured.get().splitlines())
+    It goes below its row where there is little room behind that. Nothing else is folded: it is there to be copied.
+    """
+    aligned, state = _aligned([row[:-1] for row in rows]), rows[0].index("STATE")
+    begin = len("  ".join(aligned[0])) + 2
+    beside = width - begin >= ROOM
+    indent = " " * (begin if beside else INDENT)
+    for row, cells in zip(rows, aligned, strict=True):
+        if row[state] in _COLOURS:
+            cells[state] = cells[state].replace(row[state], click.style(row[state], fg=_COLOURS[row[state]]))
+        parts = textwrap.wrap(row[-1], width - len(indent))
+        yield "  ".join([*cells, parts.pop(0) if beside and parts else ""]).rstrip()
+        yield from (indent + part for part in parts)
 
 
 def complain(line: str) -> None:

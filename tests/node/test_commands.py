@@ -199,6 +199,31 @@ def test_ps_without_the_daemon_does_not_call_a_kernel_in_line_that_holds_too_muc
     assert said["firewall"] != "in line"
 
 
+def test_ps_without_the_daemon_says_what_is_left_under_another_name_and_in_other_tables(
+    node: Node, ctrport: Ctrport
+) -> None:
+    for tool in ("iptables-legacy", "ip6tables-legacy"):
+        for table in ("raw", "nat", "filter"):
+            node.run(tool, "-t", table, "-L", "-n")
+    Server(node.start("web"), 80)
+    legacy = ""
+    for settings in ("firewall: {backend: iptables-legacy}", "firewall: {chain: WHALE}"):
+        ctrport.configure(publish(("{container: web}", "8080:80"), settings=settings))
+        ctrport.start()
+        wait_open(node, 8080, "web")
+        ctrport.stop()
+        legacy = legacy or node.run("iptables-legacy-save", "-t", "nat").stdout
+    node.run("iptables-legacy-restore", "--noflush", input=legacy)  # as a daemon leaves it that was killed in between
+    ctrport.configure(WEB)
+    before = node.tables()
+    said = ctrport.run("ps", "--config", str(ctrport.config)).stderr.splitlines()
+    assert said[1:] == [
+        "warning: the kernel holds chains of another firewall.chain, too: `ctrport plan` shows them",
+        "warning: iptables-legacy holds rules of ours, too: the daemon removes them when it starts",
+    ]
+    assert node.tables() == before
+
+
 def test_ps_on_a_node_where_ctrport_never_ran(node: Node, ctrport: Ctrport) -> None:
     node.start("web")
     before = node.tables()

@@ -127,6 +127,17 @@ def test_bad_usage_is_2_with_nothing_on_stdout(ctrport: Run, arguments: list[str
     assert ended.err.splitlines()[-1].startswith("Error: ")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell_wherever_that_is(
+    ctrport: Run, monkeypatch: pytest.MonkeyPatch, shell: str
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    ended = ctrport("completion", shell)
+    assert (ended.status, ended.err) == (0, "")
+    assert "_ctrport_completion" in ended.out
+    assert f"_CTRPORT_COMPLETE={shell}_complete" in ended.out
+
+
 def test_the_module_is_the_command() -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "ctrport", "version"],

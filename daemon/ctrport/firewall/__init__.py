@@ -103,6 +103,13 @@ class Firewall(Protocol):
         """Return a plan for people: a line a change, in its order, ``+`` what comes and ``-`` what goes."""
         ...
 
+    def script(self, plan: AnyPlan) -> list[str]:
+        """Return a plan as lines of shell that write what ``apply`` would, byte for byte where that writes text.
+
+        A plan that was made after a ``read`` with words. None where there is nothing to write.
+        """
+        ...
+
     def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
         """Return what a plan mends, but for the rules that were ``asked`` for or ``dismissed`` just now."""
         ...

@@ -15,8 +15,8 @@ from dataclasses import replace
 from ..rules import ACCEPTED_OWNER, Layout, Rule, Table, accepted
 from .drift import Drift, drift
 from .plan import NEIGHBOURS, Line, Plan, plan_all
-from .tables import Kernel
-from .text import tag
+from .tables import Kernel, script
+from .text import listing, tag
 
 _FORWARD = (Table.FILTER, "FORWARD")
 #: Where a rule can go that drops nothing.
@@ -38,9 +38,10 @@ class Door:
         """What writes it."""
         return self._kernel.name
 
-    async def look(self) -> None:
-        """Look at what is in the chain. Raises ``FirewallError``."""
-        lines, accepts = await asyncio.gather(self._kernel.glance(*_FORWARD), self._kernel.accepts(*_FORWARD))
+    async def look(self, *, words: bool = False) -> None:
+        """Look at what is in the chain; see ``Firewall.read`` for ``words``. Raises ``FirewallError``."""
+        read = self._listed if words else self._kernel.glance
+        lines, accepts = await asyncio.gather(read(*_FORWARD), self._kernel.accepts(*_FORWARD))
         # What another backend of ours has there is not to be touched, and goes by itself.
         self._lines = [line if line.owner == ACCEPTED_OWNER else replace(line, tag=None) for line in lines or ()]
         others = (line for line in lines or () if line.tag is None)
@@ -50,6 +51,14 @@ class Door:
         """Return what opens it where that is needed and closes it where it is not; where ``closing``, closes it."""
         wanted = [self._rule] if self._needed and not closing else []
         return plan_all(wanted, {_FORWARD: self._lines}, tag)
+
+    async def _listed(self, table: Table, chain: str) -> list[Line] | None:
+        lines = await self._kernel.chain(table, chain)
+        return None if lines is None else listing(lines)
+
+    def script(self, plan: Plan) -> list[str]:
+        """See ``Firewall.script``."""
+        return script(self._kernel, plan)
 
     def opens(self, plan: Plan) -> bool:
         """Whether a plan of this is to be written before anything is let through, and not behind that."""

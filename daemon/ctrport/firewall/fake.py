@@ -26,6 +26,7 @@ class MemoryKernel:
     """
 
     name = "memory"
+    writer = "memory-restore"
 
     def __init__(self, family: Family = Family.IPV4) -> None:
         self.family = family

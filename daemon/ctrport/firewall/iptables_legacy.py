@@ -52,6 +52,7 @@ class LegacyTables:
         self.family = family
         self._waited = waited
         self._save = "iptables-legacy-save" if family is Family.IPV4 else "ip6tables-legacy-save"
+        self.writer = f"{self._save.replace('-save', '-restore')} -w --noflush"
         self._worker = _Worker((*worker, str(family.value)))
         self._timeout = timeout
         self._reads: dict[Table, asyncio.Task[str]] = {}

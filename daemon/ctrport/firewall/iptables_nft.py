@@ -41,6 +41,7 @@ class NftCommands:
         self._announce = announce
         self._domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
         self._program = "iptables-nft" if family is Family.IPV4 else "ip6tables-nft"
+        self.writer = f"{self._program}-restore --noflush"
         self._restore = Ready(f"{self._program}-restore", "--noflush")
         self._handles = Handles(family)
 

@@ -82,7 +82,7 @@ class OwnTable:
         self.warnings: tuple[str, ...] = ()
 
     async def read(self, *, words: bool = True) -> None:
-        """See ``Firewall.read``. As quick with words as without."""
+        """See ``Firewall.read``. Of our own table there are no words but those that we give it."""
         held = await self._kernel.read(self._standing)
         if held is not None and not held.is_ours(self._standing):
             name = table(self._kernel.family)
@@ -93,7 +93,7 @@ class OwnTable:
         said = []
         for door in self._doors:
             try:
-                await door.look()
+                await door.look(words=words)
             except FirewallError as error:
                 said.append(f"whether FORWARD of {door.name} drops what is published cannot be told: {error}")
         with contextlib.suppress(FirewallError):  # what was known of others stands
@@ -175,6 +175,15 @@ class OwnTable:
             for opening in (True, False)
         )
         return [*before, *its.diff(), *behind]
+
+    def script(self, plan: AnyPlan) -> list[str]:
+        """See ``Firewall.script``. Elements are written over netlink: here they are in the words of nft."""
+        its = _own(plan)
+        before, behind = (
+            [line for door, each in self._doors_of(its, opening=opening) for line in door.script(each)]
+            for opening in (True, False)
+        )
+        return [*before, *its.lines, *behind]
 
     def _door_diff(self, door: Door, plan: Plan) -> list[str]:
         title, *rest = diff(plan, self._kernel.family) or [""]

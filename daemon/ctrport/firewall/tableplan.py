@@ -178,6 +178,18 @@ class TablePlan:
         long = tuple(element for element in self.come if _short(element) != element)
         return tuple(map(_short, long)), long
 
+    @property
+    def lines(self) -> list[str]:
+        """It as lines of shell: what nft is to load, then the elements; without a comment that is too long for nft."""
+        family, sets = self.standing.family, {one.name: one for one in self.standing.sets}
+        if self.delete:
+            return [f"nft delete table {table(family)}"]
+        gone, come = self.elements
+        words = [delete(element, sets[element.set], family) for element in gone]
+        words += [add(_short(element), sets[element.set], family) for element in come]
+        blocks = [block for block in (self.text.splitlines(), words) if block]
+        return [line for block in blocks for line in ("nft -f - <<'EOF'", *block, "EOF")]
+
     def diff(self) -> list[str]:
         """Return it for people, in the words of nft."""
         family, sets = self.standing.family, {one.name: one for one in self.standing.sets}

@@ -16,17 +16,21 @@ from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
 from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
-from .text import diff, holders, listing, owner, saved, tag
+from .text import diff, holders, listing, owner, restore_input, saved, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
 
 
 class Kernel(Protocol):
-    """How the tables of one family are reached. Raises ``FirewallError``."""
+    """How the tables of one family are reached. Raises ``FirewallError``.
+
+    ``writer`` is the command that writes what ``text.restore_input`` has of a plan, as ``restore`` does.
+    """
 
     name: str
     family: Family
+    writer: str
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """Return one chain as ``iptables -S CHAIN`` prints it, a line an item; None where there is no such chain."""
@@ -133,6 +137,10 @@ class Tables:
         """See ``Firewall.diff``: below the table's name, in the words of ``iptables-restore``."""
         return diff(_own(plan), self._kernel.family)
 
+    def script(self, plan: AnyPlan) -> list[str]:
+        """See ``Firewall.script``."""
+        return script(self._kernel, _own(plan))
+
     def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
         """See ``Firewall.drift``."""
         return drift(_own(plan), asked, {tag(rule) for rule in dismissed})
@@ -212,6 +220,12 @@ def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
         if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
             counted[words] = counted.get(words, Count()) + count
     return counted
+
+
+def script(kernel: Kernel, plan: Plan) -> list[str]:
+    """Return a plan as lines of shell that write what ``Kernel.restore`` would, byte for byte; none where nothing."""
+    # No line of a plan is that word: each is a table, a chain, an operation or COMMIT.
+    return [f"{kernel.writer} <<'EOF'", *restore_input(plan).split("\n")[:-1], "EOF"] if plan else []
 
 
 async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:
