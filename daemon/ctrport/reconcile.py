@@ -488,7 +488,7 @@ class Reconciler:
             updated=shown(datetime.now(timezone.utc)),
             config=self._stale,
             containerd=self._containerd_state,
-            firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
+            firewall=self._problem or ("in line" if self._in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
@@ -528,7 +528,7 @@ class Reconciler:
             unreserved=self._dataplane.unreserved,
             held_ports=held,
             held_ports_limit=limit,
-            in_line=not self._problem and self._looked_at > 0,
+            in_line=self._in_line,
             connected=self._containerd_state.startswith("connected"),
             config_in_use_is_current=not self._stale,
             reloaded_at=self._reloaded_at,
@@ -540,6 +540,14 @@ class Reconciler:
     async def counts(self) -> Counts | None:
         """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
         return await self._dataplane.counts()
+
+    @property
+    def _in_line(self) -> bool:
+        """Whether the kernel held what it should when that was last seen.
+
+        Not the dataplane's word, which is no in the middle of each look: who asks then would not be told of its end.
+        """
+        return not self._problem and self._looked_at > 0
 
     @property
     def _warnings(self) -> list[str]:
