@@ -119,7 +119,7 @@ class Chronicle:
                 news.append(Change(before, after))
         return news + [Change(before, None) for before in left.values()]
 
-    def shown(self, publication: Publication, remark: str, problem: str, pid: int = 0) -> PublicationStatus:
+    def shown(self, publication: Publication, remark: str, problem: str, process: int = 0) -> PublicationStatus:
         """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
         since = self._since.get(_name(publication))
         its = publication
@@ -129,14 +129,14 @@ class Chronicle:
             else:
                 its = replace(publication, reason=remark)
         owner = owner_of(publication) if publication.bound is not None else ""
-        return PublicationStatus.of(its, shown(since) if since else "", pid, owner)
+        return PublicationStatus.of(its, shown(since) if since else "", process, owner)
 
     def all_shown(
         self,
         publications: Iterable[Publication],
         remark: Callable[[Publication], str],
         problem: str,
-        pid: Callable[[Publication], int] = lambda _: 0,
+        process: Callable[[Publication], int] = lambda _: 0,
     ) -> list[PublicationStatus]:
         """Return publications as they are shown. Those of which nothing was told since the last time are as they were.
 
@@ -149,7 +149,7 @@ class Chronicle:
         for publication in publications:
             its = known.get(id(publication))
             if its is None:
-                shown = self.shown(publication, remark(publication), problem, pid(publication))
+                shown = self.shown(publication, remark(publication), problem, process(publication))
                 its = known[id(publication)] = (publication, shown)
             found.append(its[1])
         if len(known) > 2 * len(found):  # most of them are over

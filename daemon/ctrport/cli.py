@@ -59,7 +59,7 @@ def _config_option(command: Command) -> Command:
         default=DEFAULT_PATH,
         show_default=True,
         metavar="FILE",
-        type=click.Path(),
+        type=click.Path(readable=False),  # what cannot be read is said in other words
         help="The configuration.",
     )(command)
 

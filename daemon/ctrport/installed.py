@@ -1,12 +1,13 @@
 """What the kernel holds at this moment of what is published: the rules there are, compared with those there should be.
 
 They are compared by their tags. The daemon says what should be there, or whoever works that out without it. A
-difference counts where it is seen twice: what the daemon says is written a moment after the kernel is.
+difference counts where it lasts: what the daemon says is written a moment after the kernel is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,8 +23,9 @@ from .publish import Change
 from .rules import Layout, Place, Rule
 from .status import PublicationStatus, Status, Undeclared
 
-#: Seconds between two looks at what differs: more than the daemon takes until its word is written.
-PAUSE = 0.3
+#: Seconds between two looks at what differs, and for how long it has to, with so much for each publication: longer than
+#: the daemon takes until its word is written.
+PAUSE, PATIENCE, PATIENCE_EACH = 0.3, 0.6, 0.0002
 
 IN_LINE = "in line"
 MISSING = "its rules are not all in the kernel at this moment; it is for the daemon to put them back"
@@ -88,14 +90,15 @@ async def compared(current: Status, again: Callable[[], Status | None]) -> Statu
 
     Raises ``NotComparable`` or ``FirewallError``.
     """
+    end = time.monotonic() + PATIENCE + PATIENCE_EACH * len(current.publications)
     sight = await look(current)
-    if sight.missing or sight.off or sight.undeclared(current.publications):
+    seen = shown(current, sight, MISSING)
+    while (sight.missing or sight.off or seen.undeclared) and time.monotonic() < end:
         await asyncio.sleep(PAUSE)
-        before, earlier = sight, {its.owner for its in sight.undeclared(current.publications)}
         current = again() or current
-        sight = (await look(current)).also_in(before)
-        return shown(current, sight, MISSING, only=earlier)
-    return shown(current, sight, MISSING)
+        sight = (await look(current)).also_in(sight)
+        seen = shown(current, sight, MISSING, only={its.owner for its in seen.undeclared})
+    return seen
 
 
 async def look(current: Status) -> Sight:

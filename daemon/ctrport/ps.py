@@ -97,7 +97,7 @@ def _wide(its: PublicationStatus) -> tuple[str, ...]:
     return (
         ",".join(devices) or "-",
         sources.strip() or ("anywhere" if its.owner else "-"),
-        str(its.pid or "-"),
+        str(its.process or "-"),
         f"{its.namespace}/{its.container}" if its.pod else "-",
         its.source or "-",
     )

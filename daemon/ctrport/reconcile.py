@@ -494,7 +494,7 @@ class Reconciler:
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
             publications=self._chronicle.all_shown(
-                self._survey.publications, self._dataplane.remark, self._problem, self._pid
+                self._survey.publications, self._dataplane.remark, self._problem, self._process
             ),
             networks=networks(self._survey.facts, self._survey.amiss),
             warnings=self._warnings,
@@ -506,7 +506,7 @@ class Reconciler:
             services=sorted(map(str, self._survey.facts.services)),
         )
 
-    def _pid(self, publication: Publication) -> int:
+    def _process(self, publication: Publication) -> int:
         key = publication.container
         candidate = self._survey.publications.candidate(key) if key is not None else None
         return candidate.container.pid if candidate is not None else 0

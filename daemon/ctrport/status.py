@@ -57,8 +57,9 @@ class PublicationStatus:
     ``pod`` is ``namespace/name``, empty where it is none; ``container`` is a pod's sandbox. ``mapping`` is as declared,
     in quotes where it cannot be read; ``bound`` has the host ports that it got, and is empty unless it is active.
     ``reason`` is, of an active one, what else there is to say. ``since`` is when its state began, as ISO 8601 in UTC.
-    ``owner`` is the words that its rules bear in the kernel, empty where it is to have none. ``pid`` is its process, as
-    the daemon counts, 0 where there is none. ``sources`` and ``interface`` are who may reach it; empty is everybody.
+    ``owner`` is the words that its rules bear in the kernel, empty where it is to have none. ``process`` is the pid of
+    its first process, as the daemon counts, 0 where there is none. ``sources`` and ``interface`` are who may reach it;
+    empty is everybody.
 
     The rest is what ``ctrport ps`` has asked the kernel for, None where it did not: whether all its rules are there,
     and the connections that its rules have counted, with the bytes of the first packet of each.
@@ -75,7 +76,7 @@ class PublicationStatus:
     source: str
     since: str
     owner: str = ""
-    pid: int = 0
+    process: int = 0
     attachments: list[AttachmentStatus] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     interface: str = ""
@@ -96,7 +97,7 @@ class PublicationStatus:
         return json.dumps({name: getattr(self, name) for name in self.__dataclass_fields__}, default=vars)
 
     @classmethod
-    def of(cls, publication: Publication, since: str, pid: int = 0, owner: str | None = None) -> PublicationStatus:
+    def of(cls, publication: Publication, since: str, process: int = 0, owner: str | None = None) -> PublicationStatus:
         """Return a publication as it is shown; ``owner`` is for one that is shown as what it is not."""
         return cls(
             namespace=publication.container.namespace if publication.container else "",
@@ -110,7 +111,7 @@ class PublicationStatus:
             source=publication.source,
             since=since,
             owner=owner if owner is not None else owner_of(publication) if publication.bound is not None else "",
-            pid=pid,
+            process=process,
             attachments=list(map(AttachmentStatus.of, publication.attachments)),
             sources=list(map(str, publication.access.sources)),
             interface=publication.access.interface or "",

@@ -70,7 +70,9 @@ def test_ps_says_in_json_what_the_status_file_says(node: Node, ctrport: Ctrport)
     assert asked["connections"] >= 1
     assert asked["bytes"] >= 40 * asked["connections"]
     assert its["owner"] == f"default/web {MAPPING}"
-    assert node.run("readlink", f"/proc/{its['pid']}/ns/net").stdout != node.run("readlink", "/proc/1/ns/net").stdout
+    assert (
+        node.run("readlink", f"/proc/{its['process']}/ns/net").stdout != node.run("readlink", "/proc/1/ns/net").stdout
+    )
     [attachment] = its["attachments"]
     assert (attachment["address"], attachment["device"]) == ("172.17.0.2", "docker0")
 

@@ -187,4 +187,4 @@ def test_of_what_could_not_be_written_it_is_told_what_its_rules_would_be() -> No
     chronicle.take([Change(None, WEB)], None)
     failed = chronicle.shown(WEB, "", "somebody has held the lock", 8)
     assert (failed.state, failed.bound) == ("waiting", "")
-    assert (failed.owner, failed.pid) == ("default/web 8080:80/tcp", 8)
+    assert (failed.owner, failed.process) == ("default/web 8080:80/tcp", 8)

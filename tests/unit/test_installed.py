@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -86,6 +87,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
         (tmp_path / device / "route_localnet").write_text("1\n")
     monkeypatch.setattr(localnet, "_CONF", tmp_path)
     monkeypatch.setattr(installed, "PAUSE", 0.0)
+    monkeypatch.setattr(installed, "PATIENCE", 0.1)
     world = World()
     monkeypatch.setattr(installed, "firewalls_of", world.firewalls_of)
     return world
@@ -159,7 +161,7 @@ def test_what_is_to_have_no_rules_lacks_none(world: World) -> None:
     assert world.compared().publications[0] == idle
 
 
-def test_a_difference_counts_where_it_is_seen_twice(world: World) -> None:
+def test_a_difference_counts_where_it_lasts(world: World) -> None:
     """The kernel is written before the status is: what came or went just now is no difference."""
     later = world.said
     world.said = replace(later, publications=later.publications[1:])
@@ -176,6 +178,14 @@ def test_a_difference_counts_where_it_is_seen_twice(world: World) -> None:
     whole = {family: kernel.tables for family, kernel in World().kernels.items()}
     assert world.compared(mended).kernel == IN_LINE  # the daemon was quicker
     assert world.compared().kernel == IN_LINE
+
+
+def test_a_difference_that_lasts_is_looked_at_until_patience_ends(world: World) -> None:
+    world.lose(lambda rule: rule.owner.startswith("default/web "))
+    began, looks = time.monotonic(), []
+    assert world.compared(lambda: looks.append(1)).kernel == "1 mapping is not all there"
+    assert time.monotonic() - began >= installed.PATIENCE
+    assert len(looks) >= 1
 
 
 def test_what_differs_in_one_look_and_what_in_the_next_are_two_things(world: World) -> None:

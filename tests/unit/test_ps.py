@@ -23,7 +23,7 @@ WEB = PublicationStatus(
     source="config.yaml:2",
     since="2024-05-01T10:00:00+00:00",
     owner="default/web 32768:80/tcp of any",
-    pid=4711,
+    process=4711,
     attachments=[
         AttachmentStatus("172.17.0.2", "docker0", "172.17.0.0/16", "veth1"),
         AttachmentStatus("fd00::2", "docker0", "fd00::/64", "veth1"),
