@@ -3,7 +3,7 @@
 What is dropped in one table is dropped, whatever another has said. So where FORWARD may drop what is published it gets
 one rule of ours, which lets through what bears the mark of ``rules.ACCEPTED_MARK``: our table's own chain of forwarded
 packets sets it just before FORWARD is asked, and another takes it off just behind. Where FORWARD lets all through, it
-gets nothing.
+gets nothing. The chain DOCKER-USER is asked before, where somebody has put that on top.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import replace
 
-from ..rules import ACCEPTED_OWNER, Layout, Rule, Table, accepted
+from ..rules import ACCEPTED_OWNER, USER_CHAIN, Jump, Layout, Match, Place, Rule, Table, accepted
 from .drift import Drift, drift
 from .plan import NEIGHBOURS, Line, Plan, plan_all
 from .tables import Kernel, spelled
@@ -29,6 +29,9 @@ class Door:
     def __init__(self, kernel: Kernel, layout: Layout) -> None:
         self._kernel = kernel
         self._rule = accepted(layout, kernel.family)
+        # Somebody else's, and never written: it says where that stands, and is to stand.
+        self._user = Rule(kernel.family, *_FORWARD, Match(), Jump(USER_CHAIN), "user", place=Place.FIRST)
+        self._before: list[Rule] = []
         self._lines: list[Line] = []
         self._needed = False
         self._opened = False  # whether our rule was there, and was to be there, when it was written last
@@ -43,13 +46,17 @@ class Door:
         lines, accepts = await asyncio.gather(self._kernel.glance(*_FORWARD), self._kernel.accepts(*_FORWARD))
         # What another backend of ours has there is not to be touched, and goes by itself.
         self._lines = [line if line.owner == ACCEPTED_OWNER else replace(line, tag=None) for line in lines or ()]
+        self._before = []
+        if self._lines and self._lines[0].target == USER_CHAIN:
+            self._lines[0] = replace(self._lines[0], tag=tag(self._user))
+            self._before = [self._user]
         others = (line for line in lines or () if line.tag is None)
         self._needed = not accepts or any(map(_may_drop, others))
 
     def plan(self, *, closing: bool = False) -> Plan:
         """Return what opens it where that is needed and closes it where it is not; where ``closing``, closes it."""
         wanted = [self._rule] if self._needed and not closing else []
-        return plan_all(wanted, {_FORWARD: self._lines}, tag)
+        return plan_all([*self._before, *wanted], {_FORWARD: self._lines}, tag)
 
     def opens(self, plan: Plan) -> bool:
         """Whether a plan of this is to be written before anything is let through, and not behind that."""
