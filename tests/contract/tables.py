@@ -16,7 +16,7 @@ import pytest
 
 from ctrport.firewall import FirewallError, ForeignChain
 from ctrport.firewall.door import Door
-from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan
+from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan, Remove
 from ctrport.firewall.tables import Kernel, Tables
 from ctrport.firewall.text import TAG, listing, saved, tag
 from ctrport.model import Family
@@ -379,6 +379,17 @@ class TablesContract(FirewallContract):
             assert [index for index, line in enumerate(there) if line.tag == rule] == ([place] if opened else [])
             await door.look()
             assert not door.plan()
+            if opened:
+                # It is put back where it belongs, whoever moved it.
+                [line] = [line for line in there if line.tag == rule]
+                await kernel.restore(Plan((Block(Table.FILTER, (Remove("FORWARD", line),)),)))
+                await kernel.restore(Plan((Block(Table.FILTER, (Add(accepted(LAYOUT, kernel.family), 1),)),)))
+                await door.look()
+                await door.write(door.plan())
+                there = await lines(kernel, Table.FILTER, "FORWARD")
+                assert [index for index, line in enumerate(there) if line.tag == rule] == [place]
+                await door.look()
+                assert not door.plan()
             # What takes everything of ours away takes this as well, but where it is to be left.
             spared = Tables(kernel, LAYOUT, (ACCEPTED_OWNER,))
             assert not any(await spared.plan_removal())

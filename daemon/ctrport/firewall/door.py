@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from ..rules import ACCEPTED_OWNER, USER_CHAIN, Jump, Layout, Match, Place, Rule, Table, accepted
 from .drift import Drift, drift
-from .plan import NEIGHBOURS, Line, Plan, plan_all
+from .plan import NEIGHBOURS, Add, Block, Line, Op, Plan, Remove, plan_all
 from .tables import Kernel, spelled
 from .text import tag
 
@@ -31,7 +31,6 @@ class Door:
         self._rule = accepted(layout, kernel.family)
         # Somebody else's, and never written: it says where that stands, and is to stand.
         self._user = Rule(kernel.family, *_FORWARD, Match(), Jump(USER_CHAIN), "user", place=Place.FIRST)
-        self._before: list[Rule] = []
         self._lines: list[Line] = []
         self._needed = False
         self._opened = False  # whether our rule was there, and was to be there, when it was written last
@@ -46,17 +45,23 @@ class Door:
         lines, accepts = await asyncio.gather(self._kernel.glance(*_FORWARD), self._kernel.accepts(*_FORWARD))
         # What another backend of ours has there is not to be touched, and goes by itself.
         self._lines = [line if line.owner == ACCEPTED_OWNER else replace(line, tag=None) for line in lines or ()]
-        self._before = []
-        if self._lines and self._lines[0].target == USER_CHAIN:
-            self._lines[0] = replace(self._lines[0], tag=tag(self._user))
-            self._before = [self._user]
         others = (line for line in lines or () if line.tag is None)
         self._needed = not accepts or any(map(_may_drop, others))
 
     def plan(self, *, closing: bool = False) -> Plan:
         """Return what opens it where that is needed and closes it where it is not; where ``closing``, closes it."""
         wanted = [self._rule] if self._needed and not closing else []
-        return plan_all([*self._before, *wanted], {_FORWARD: self._lines}, tag)
+        lines, before = self._lines, list[Rule]()
+        ours = [line for line in lines if line.tag is not None]
+        theirs = [line for line in lines if line.tag is None]
+        if theirs and theirs[0].target == USER_CHAIN:
+            if wanted and lines[0] in ours:  # it came on top when ours was there: not it is moved, but ours
+                moved: tuple[Op, ...] = (*(Remove(_FORWARD[1], line) for line in ours), Add(self._rule, 2))
+                return Plan((Block(_FORWARD[0], moved),))
+            at = lines.index(theirs[0])
+            lines = [*lines[:at], replace(lines[at], tag=tag(self._user)), *lines[at + 1 :]]
+            before = [self._user]
+        return plan_all([*before, *wanted], {_FORWARD: lines}, tag)
 
     def opens(self, plan: Plan) -> bool:
         """Whether a plan of this is to be written before anything is let through, and not behind that."""
