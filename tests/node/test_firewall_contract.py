@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import pytest
 
-from ctrport.firewall import FirewallError, Unusable
+from ctrport.firewall import FirewallError, Refused, Unusable
 from ctrport.firewall.door import Door
 from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
@@ -215,6 +215,34 @@ class TestNftTable(FirewallContract):
     @pytest.fixture
     def visitor(self, host: Host, grounds: NftGrounds) -> Visitor:
         return visitor_of(host, grounds.family)
+
+    def test_what_somebody_else_has_put_there_is_not_taken_for_ours(
+        self, grounds: NftGrounds, run: Run, host: Host
+    ) -> None:
+        rules = Ruleset(wanted(grounds.family, ()))
+        its = rules_for(active("8080:80", "172.17.0.2", "fd00::2"), LAYOUT)
+        to = {Family.IPV4: "172.17.0.2", Family.IPV6: "fd00::2"}[grounds.family]
+        firewall = grounds.firewall(LAYOUT)
+
+        async def before() -> None:
+            await firewall.read()
+            await firewall.apply(firewall.plan(rules))
+
+        async def after() -> None:
+            new = [rule for rule in its if rule.family is grounds.family]
+            plan = firewall.plan_change(rules.replace((), new))
+            with pytest.raises(Refused, match="could not be written: File exists"):
+                await firewall.apply(plan)
+            await firewall.read()
+            assert firewall.plan(rules).removed == []  # nobody's
+            await firewall.apply(firewall.plan(rules))
+
+        run(before())
+        # The same port to the same place, and no word of whose it is.
+        host.run(
+            "nft", "add", "element", *table(grounds.family).split(" "), "host-ports", f"{{ tcp . 8080 : {to} . 80 }}"
+        )
+        run(after())
 
 
 def test_a_change_is_as_many_bytes_whatever_the_table_holds(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
