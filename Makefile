@@ -14,8 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
+EXPLAIN := arrival cases conditions facts fate judgement nftmatch nftrules nftset nftwords packet question ruleset saved \
+	sentences steps targets traverse values walk way whose words
 CORE := model.py choose.py claims.py contest.py declared.py networks.py owners.py ports.py document.py config.py pace.py pods.py \
-	publish.py rules.py suspicion.py firewall/drift.py firewall/entries.py firewall/plan.py firewall/text.py
+	publish.py rules.py suspicion.py $(EXPLAIN:%=explain/%.py) firewall/drift.py firewall/entries.py firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)

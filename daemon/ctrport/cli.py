@@ -20,7 +20,7 @@ from . import __version__, configfiles, logs, status
 from .config import DEFAULT_PATH, Config, ConfigError
 from .containerd import ContainerdError
 from .firewall import Firewall, FirewallError
-from .terminal import BAD_USAGE, TO_CHANGE, complain, fail, one_line, table
+from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, table, way
 
 if TYPE_CHECKING:
     from .model import Family
@@ -102,7 +102,7 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
     current = status.read(directory) if running else None
     if current is None or not current.running:
         _as_root("ps, while no daemon answers,")
-        current = _without_daemon(_load(path), directory)
+        current = _await(_without_daemon(_load(path), directory))
         what = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
         click.echo(f"{what}; this is what can be seen without it", err=True)
     if as_json:
@@ -132,6 +132,47 @@ def plan(path: str, directory: Path) -> None:
 
 
 @cli.command()
+@click.argument("port", metavar="[ADDRESS:]PORT[/PROTOCOL]")
+@click.option("--from", "source", metavar="ADDRESS", help="Who sends the packet; a client on the LAN if not said.")
+@_config_option
+@_directory_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def explain(port: str, source: str | None, path: str, directory: Path, as_json: bool) -> None:
+    """Show what a packet to a port of this node meets, and why it is answered or not; send and change nothing.
+
+    Exits 0 where it works, 1 where it does not, or cannot be told.
+    """
+    from .explain.answer import explain as explained
+    from .explain.fate import Outcome
+    from .explain.question import QuestionError, read
+
+    try:
+        asked = read(port, source)
+        config = _load(path)
+        _as_root("explain")
+        current, remark = _published(config, directory)
+        firewall = config.firewall
+        work = explained(
+            asked,
+            current,
+            containerd=config.containerd.address,
+            chain=firewall.chain,
+            localhost=firewall.localhost,
+        )
+        explanation = _await(work)
+    except QuestionError as error:
+        fail(str(error), BAD_USAGE)
+    if remark:
+        complain(remark)
+    if as_json:
+        click.echo(explanation.to_json())
+    else:
+        way(explanation)
+    if explanation.outcome is not Outcome.WORKS:
+        raise SystemExit(FAILED)
+
+
+@cli.command()
 @_directory_option
 @click.option("--force", is_flag=True, help="Even while the daemon runs, which puts its rules back unless it hangs.")
 def clean(directory: Path, force: bool) -> None:
@@ -153,12 +194,23 @@ def version(as_json: bool) -> None:
     click.echo(json.dumps({"version": __version__}) if as_json else f"ctrport {__version__}")
 
 
-def _without_daemon(config: Config, directory: Path) -> status.Status:
+def _published(config: Config, directory: Path) -> tuple[status.Status | None, str]:
+    """Return what is published as far as that is known, and what there is to say of it."""
+    current = status.read(directory) if status.is_running(directory) else None
+    if current is not None and current.running:
+        return current, ""
+    try:
+        return asyncio.run(_without_daemon(config, directory)), "the daemon is down"
+    except (FirewallError, ContainerdError) as error:
+        return None, f"the daemon is down, and what it would publish is not known: {error}"
+
+
+async def _without_daemon(config: Config, directory: Path) -> status.Status:
     from . import run as daemon
     from .report import without_daemon
 
     layout = daemon.layout(config)
-    return _await(without_daemon(config, _await(_firewalls(config, layout)), layout, directory))
+    return await without_daemon(config, await _firewalls(config, layout), layout, directory)
 
 
 async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:

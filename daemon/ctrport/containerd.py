@@ -154,6 +154,7 @@ class Listed:
     pid: int | None
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     annotation: str | None = None
+    paused: bool = False
 
 
 class Containerd:
@@ -473,7 +474,8 @@ def _listed(
     if process.status != task_pb2.UNKNOWN and process.status not in _LIVE:
         return None
     pid = None if process.status == task_pb2.UNKNOWN else process.pid
-    return Listed(key, pid, dict(container.labels), annotation_of(container) if annotations else None)
+    annotation = annotation_of(container) if annotations else None
+    return Listed(key, pid, dict(container.labels), annotation, process.status == task_pb2.PAUSED)
 
 
 def annotation_of(container: containers_pb2.Container) -> str | None:

@@ -6,18 +6,22 @@ What people read goes to stdout, all else to stderr.
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from . import status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .explain.answer import Explanation
 
 FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
 
 def table(current: status.Status) -> None:
     """Print publications as a table: in colour on a terminal, whole lines elsewhere."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -29,11 +33,7 @@ def table(current: status.Status) -> None:
         cells = [one.name, one.bound or one.mapping, ",".join(one.addresses) or "-"]
         texts = [Text(one_line(cell), overflow="fold") for cell in (*cells, reason)]
         table.add_row(*texts[:-1], state, texts[-1])
-    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    for line in captured.get().splitlines():
-        click.echo(line.rstrip())
+    _print(table)
     for network in current.networks:
         if network.reason:
             complain(f"network {network.bridge}: {network.reason}")
@@ -41,6 +41,31 @@ def table(current: status.Status) -> None:
         complain(f"warning: an older configuration is in use: {current.config}")
     for warning in current.warnings:
         complain(f"warning: {warning}")
+
+
+def way(explanation: Explanation) -> None:
+    """Print the way of a packet, a line a step, and what became of it; in colour on a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, show_header=False, pad_edge=False)
+    colours = {"drop": "red", "reject": "red", "untold": "yellow", "dnat": "cyan", "snat": "cyan", "accept": "green"}
+    for step in explanation.steps:
+        what = Text(one_line(step.what), style=colours.get(step.does, "") if step.whose else "", overflow="fold")
+        shown.add_row(Text(one_line(step.where)), what, Text(one_line(step.whose), overflow="fold"))
+    _print(shown)
+    colour = {"works": "green", "fails": "red", "unknown": "yellow"}[explanation.outcome.value]
+    click.echo(click.style(one_line(explanation.sentence), fg=colour))
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def one_line(text: str) -> str:

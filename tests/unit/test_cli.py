@@ -107,6 +107,7 @@ def test_each_command_has_help(ctrport: Run, command: str) -> None:
     [
         *(["frobnicate"], ["--frobnicate"], ["ps", "--frobnicate"], ["check", "config.yaml"], ["check", "--config"]),
         *(["plan", "config.yaml"], ["plan", "--config"], ["plan", "--json"]),
+        *(["explain"], ["explain", "8080", "8081"], ["explain", "8080", "--from"]),
     ],
     ids=" ".join,
 )

@@ -45,10 +45,15 @@ def wrong(arguments: list[str]) -> str | None:
     if command is None:
         return f"no command {name}"
     flags = {flag: one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    taken = sum(isinstance(one, click.Argument) for one in command.params)
     while rest:
-        option = flags.get(rest.pop(0))
+        word = rest.pop(0)
+        option = flags.get(word)
+        if option is None and taken and not word.startswith("-"):
+            taken -= 1
+            continue
         if option is None:
-            return f"{name} has no such option, and takes no arguments: {arguments}"
+            return f"{name} has no such option, or takes no more arguments: {arguments}"
         if not option.is_flag and not rest:
             return f"{name} wants a value: {arguments}"
         rest = rest if option.is_flag else rest[1:]
@@ -63,6 +68,10 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_the_check_of_commands_sees_what_is_wrong() -> None:
     calls = command_lines("x\n  ctrport publish a\nctrport ps --yaml\n/opt/bin/ctrport run --config\n", "ctrport")
     assert [wrong(call) is not None for call in calls] == [True, True, True]
+    calls = command_lines(
+        "ctrport explain 80\nctrport explain 80 81\nctrport ps a\nctrport explain --to a\n", "ctrport"
+    )
+    assert [wrong(call) is not None for call in calls] == [False, True, True, True]
     calls = command_lines(
         "ctrport check && systemctl x  # y\na && ctrport ps --json | jq\nctrport run --config F", "ctrport"
     )
