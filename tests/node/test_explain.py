@@ -539,7 +539,7 @@ CASES = [
         iptables("-A PREROUTING -p tcp --dport 8080 -j CT --notrack", table="raw"),
         ("8080",),
         "not-tracked",
-        ("-j CT --notrack", "what is not tracked is not sent on"),
+        ("-j CT --notrack", "what is not tracked is not translated"),
         sent(),
     ),
     Case(

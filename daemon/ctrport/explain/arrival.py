@@ -9,17 +9,19 @@ from ..model import Address, Protocol
 from .cases import Case, Noted
 from .facts import Inhabitant, Next, NoRoute, RouteTo, Socket
 from .fate import Cause, Fate, Outcome
-from .way import Way, serves
+from .packet import Packet
+from .way import Hops, Way, serves
 
 #: How many of the ports that a container listens on are named.
 _MOST = 5
 
 
-def arrived(way: Way, case: Case, device: str, *, bridged: bool = False) -> Iterator[Fate]:
+def arrived(way: Way, case: Case, device: str, *, asked: bool = True) -> Iterator[Fate]:
     """Return how a packet ends that leaves the node by ``device`` for an address on that link.
 
-    ``bridged``: a bridge has sent it on as a frame, and the node is not asked about the answer.
+    ``asked`` is whether the node's rules were asked about it, and will be about the answer.
     """
+    bridged = not asked
     address = case.packet.destination.address
     who = way.facts.inhabitant(address)
     if who is None:
@@ -43,10 +45,16 @@ def arrived(way: Way, case: Case, device: str, *, bridged: bool = False) -> Iter
         yield socket
         return
     case = case.came_by(Noted(f"container {who.name}", f"listens on {socket}", way.facts.holder(socket)))
-    if bridged:
+    source = case.packet.source.address
+    if source == address or source.is_loopback:
+        yield Fate(Outcome.FAILS, Cause.OWN_ADDRESS, case, who=who)
+    elif not bridged:
+        yield from _answered(way, case, who, device)
+    elif not asked:
         yield Fate(Outcome.WORKS, Cause.CONTAINER, case, who=who)
     else:
-        yield from _answered(way, case, who, device)
+        back = (("prerouting", device, None), ("forward", device, device), ("postrouting", device, device))
+        yield from _ended(way, case, who, case.packet.answer(device), back, back)
 
 
 def _listening(case: Case, who: Inhabitant) -> Socket | Fate:
@@ -68,14 +76,10 @@ def _listening(case: Case, who: Inhabitant) -> Socket | Fate:
 def _answered(way: Way, case: Case, who: Inhabitant, device: str) -> Iterator[Fate]:
     """Return whether the answer finds its way back, through the node and to whoever asked."""
     packet = case.packet
-    own, receiver = packet.destination.address, packet.source.address
+    receiver = packet.source.address
     if packet.flow.masked and packet.flow.mask is None:
         receiver = way.facts.address_of(device, packet.family) or receiver
     onward = _route(who, receiver)
-    if receiver == own:
-        # A packet from its own address is none that a host takes.
-        yield _astray(case, Cause.PAST_NODE, who, receiver)
-        return
     if onward is None:
         yield _astray(case, Cause.NO_WAY_BACK, who, receiver)
         return
@@ -86,7 +90,7 @@ def _answered(way: Way, case: Case, who: Inhabitant, device: str) -> Iterator[Fa
             yield _astray(case, Cause.PAST_NODE, who, receiver)
             return
     elif device in way.facts.bridges:
-        # Behind a routed veth there is nobody but the way, whatever the gateway is called.
+        # Behind a routed veth there is nobody but the node, whatever the gateway is called.
         if not way.facts.is_own(onward.gateway):
             yield replace(_astray(case, Cause.NO_WAY_BACK, who, receiver), words={"gateway": str(onward.gateway)})
             return
@@ -95,27 +99,31 @@ def _answered(way: Way, case: Case, who: Inhabitant, device: str) -> Iterator[Fa
 
 
 def _home(way: Way, case: Case, who: Inhabitant, device: str) -> Iterator[Fate]:
-    """Send the answer through the way, which it comes to by ``device``."""
-    answer = case.packet.answer(device)
-    back = answer.flow.source.address
-    route = way.facts.route(RouteTo(back, answer.source.address, device))
+    """Send the answer through the node, which it comes to by ``device``."""
+    packet = case.packet
+    answer, client = packet.answer(device), packet.flow.source.address
+    route = way.facts.route(RouteTo(client, answer.source.address, device))
     if isinstance(route, NoRoute):
-        failed = way.not_routed(replace(case, packet=answer.led_back()), route, answer=True)
-        yield replace(failed, case=case, who=who)
+        refused = way.not_routed(replace(case, packet=replace(answer, destination=packet.flow.source)), route)
+        yield replace(refused, case=case, who=who, answer=True)
         return
-    local = route.kind == "local"
-    hooks: tuple[tuple[str, str | None], ...] = (
-        (("input", None),) if local else (("forward", route.device), ("postrouting", route.device))
-    )
-    cases, fates = way.back(answer, (("prerouting", None), *hooks))
-    for fate in fates:
-        yield replace(fate, case=fate.case.after(case), who=who)
-    by = "to the node itself" if local else f"by {route.device}"
-    note = Noted("answer", f"back to {back} {by}")
-    for each in cases:
-        # What the chains did to the answer is as a rule nothing, and not told.
-        doubts = replace(each, trail=()).after(case).doubts
-        yield Fate(Outcome.WORKS, Cause.CONTAINER, replace(case, doubts=doubts).came_by(note), who=who)
+    local, out = route.kind == "local", route.device
+    back: Hops = (("input", device, None),) if local else (("forward", device, out), ("postrouting", device, out))
+    later: Hops = (("prerouting", packet.in_device, None), ("forward", packet.in_device, packet.out_device))
+    if packet.in_device is None:
+        # Until it is translated it is one to the node itself.
+        own = way.facts.is_own(packet.flow.destination.address)
+        later = (("output", None, "lo" if own else packet.out_device),)
+    later += (("postrouting", packet.in_device, packet.out_device),)
+    note = Noted("answer", f"back to {client} {'to the node itself' if local else f'by {out}'}")
+    for fate in _ended(way, case, who, answer, (("prerouting", device, None), *back), later):
+        yield replace(fate, case=fate.case.came_by(note)) if fate.outcome is Outcome.WORKS else fate
+
+
+def _ended(way: Way, case: Case, who: Inhabitant, answer: Packet, back: Hops, later: Hops) -> Iterator[Fate]:
+    cases, fates = way.follow(case, answer, back, later)
+    yield from (replace(fate, who=who) for fate in fates)
+    yield from (Fate(Outcome.WORKS, Cause.CONTAINER, each, who=who) for each in cases)
 
 
 def _astray(case: Case, cause: Cause, who: Inhabitant, receiver: Address) -> Fate:

@@ -78,5 +78,11 @@ class Case:
         return replace(self, trail=(*self.trail, *what))
 
 
+def did(case: Case, kind: str) -> At | None:
+    """Return what decided so on the way of a case, if something did."""
+    verdicts = (each.verdict for each in case.trail if isinstance(each, Passed))
+    return next((verdict.at for verdict in verdicts if verdict is not None and verdict.kind == kind), None)
+
+
 #: A case, and the verdict that ended it: of a hook one that stopped the packet, None where it goes on.
 Ended = tuple[Case, Verdict | None]

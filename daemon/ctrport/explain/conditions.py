@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..model import Address
-from .packet import Field, Packet, Reading
+from .packet import ABSENT, Field, Packet, Reading, Turn
 from .values import Elements, Pattern, compare
 
 
@@ -42,6 +42,8 @@ class Is:
     def holds(self, packet: Packet, around: Surroundings) -> bool | None:
         """See ``Condition``."""
         reading = packet.readings[self.field]
+        if reading is ABSENT:
+            return False
         if self.mask is not None:
             reading = masked(reading, self.mask)
         found: bool | None = False
@@ -71,7 +73,10 @@ class Among:
 
     def holds(self, packet: Packet, around: Surroundings) -> bool | None:
         """See ``Condition``."""
-        found = self.elements.find([packet.readings[field] for field in self.fields])
+        readings = [packet.readings[field] for field in self.fields]
+        if ABSENT in readings:
+            return False
+        found = self.elements.find(readings)
         return (bool(found.values[0]) is not self.negated) if found.sure else None
 
 
@@ -100,9 +105,24 @@ class StateOf:
     def holds(self, packet: Packet, around: Surroundings) -> bool | None:
         """See ``Condition``."""
         flow = packet.flow
-        if "assured" in self.words and flow.answered:
-            return None
-        return (flow.state in self.words or not self.words.isdisjoint(flow.status)) is not self.negated
+        done = flow.tracked and not self.words.isdisjoint(flow.status)
+        return (flow.state in self.words or done) is not self.negated
+
+
+@dataclass(frozen=True)
+class StatusOf:
+    """One of these was done to the flow. What is not tracked has no status, not even another."""
+
+    words: frozenset[str]
+    negated: bool = False
+
+    def holds(self, packet: Packet, around: Surroundings) -> bool | None:
+        """See ``Condition``."""
+        if not packet.flow.tracked:
+            return False
+        if "assured" in self.words and packet.flow.turn is not Turn.FIRST:
+            return None  # it depends on the protocol, and on how much was answered
+        return self.words.isdisjoint(packet.flow.status) is self.negated
 
 
 @dataclass(frozen=True)

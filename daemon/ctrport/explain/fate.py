@@ -64,9 +64,11 @@ class Cause(str, enum.Enum):
     SOCKETS_UNSEEN = "sockets-not-seen"
 
     # On the way back.
+    OWN_ADDRESS = "source-is-the-container"
     NO_WAY_BACK = "no-way-back"
     PAST_NODE = "answers-past-the-node"
     ANSWER_DROPPED = "answer-dropped"
+    LATER_DROPPED = "next-packet-dropped"
 
 
 @dataclass(frozen=True)

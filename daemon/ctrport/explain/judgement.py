@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..firewall.text import owner
 from ..model import Family
-from .cases import At, Doubt, Passed
+from .cases import At, Doubt, did
 from .conditions import Is
 from .facts import Declared, Facts
 from .fate import Cause, Fate, Outcome
@@ -133,13 +133,7 @@ def _judged(packet: Packet, facts: Facts, fate: Fate) -> Judgement:
 
 def translator(fate: Fate) -> At | None:
     """Return what sent the packet elsewhere, if something did."""
-    return _did(fate, "dnat")
-
-
-def _did(fate: Fate, kind: str) -> At | None:
-    """Return what decided so, if something did."""
-    verdicts = (each.verdict for each in fate.case.trail if isinstance(each, Passed))
-    return next((verdict.at for verdict in verdicts if verdict is not None and verdict.kind == kind), None)
+    return did(fate.case, "dnat")
 
 
 def _by_ours(fate: Fate, its: str, serving: Sequence[Declared]) -> Judgement:
@@ -176,7 +170,7 @@ def _nobody(
             setting = "net.ipv4.ip_forward" if packet.family is Family.IPV4 else "net.ipv6.conf.all.forwarding"
             return Judgement(replace(fate, cause=Cause.FORWARDING, words={"setting": setting}), its)
         return Judgement(replace(fate, cause=Cause.NOT_ACTIVE), its)
-    untracked = _did(fate, "untrack")
+    untracked = did(fate.case, "untrack")
     if untracked is not None:
         return Judgement(replace(fate, cause=Cause.UNTRACKED, at=untracked), its)
     if address.is_loopback and address.version == 6:

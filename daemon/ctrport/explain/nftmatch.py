@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import nftset
-from .conditions import Among, Condition, Is, Never, StateOf, TypeIs, WayBack
+from .conditions import Among, Condition, Is, Never, StateOf, StatusOf, TypeIs, WayBack
 from .nftset import NotUnderstood
 from .packet import Field
 from .values import Name
@@ -113,9 +113,9 @@ def listed(value: Any) -> list[str]:
 
 def _status(operator: str, right: Any) -> Condition:
     words = frozenset(listed(right))
-    if operator not in ("in", "!") or not words <= {"dnat", "snat", "seen-reply", "confirmed"}:
+    if operator not in ("in", "!") or not words <= {"dnat", "snat", "seen-reply", "confirmed", "assured"}:
         raise NotUnderstood  # an exact comparison would have to know every bit
-    return StateOf(words, negated=operator == "!")
+    return StatusOf(words, negated=operator == "!")
 
 
 def _bits(its: Field, value: Any) -> int:

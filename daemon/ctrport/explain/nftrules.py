@@ -171,7 +171,7 @@ class _Reader:
             addresses = nftset.place(its.get("addr")).addresses
             yield NewSource(addresses[0] if addresses and addresses[0] == addresses[1] else None)
         elif kind == "mangle":
-            yield from _mangle(its)
+            yield from self._mark(its)
         else:
             raise NotUnderstood
 
@@ -191,6 +191,32 @@ class _Reader:
         yield from implied(address["map"]["key"])
         key = nftset.fields_of(address["map"]["key"])
         yield NewDestination(key=key, map=nftset.elements(key, found, nftset.place, pairs=True))
+
+    def _mark(self, its: Mapping[str, Any]) -> Iterator[Part]:
+        try:
+            target = nftset.field_of(its["key"])
+        except NotUnderstood:
+            return  # such as an option of TCP
+        if target not in (Field.MARK, Field.CT_MARK):
+            return
+        try:
+            value = its["value"]
+            if isinstance(value, dict) and "map" in value:
+                key, found = nftset.fields_of(value["map"]["key"]), mapped(value["map"]["data"], self._sets)
+                yield from implied(value["map"]["key"])
+                yield Mark(target, target, key=key, map=nftset.elements(key, found, _number, pairs=True))
+                return
+            source, keep, flip = _combined(value)
+        except (NotUnderstood, KeyError, TypeError, ValueError):
+            yield Mark(target, None)
+            return
+        yield Mark(target, source or target, keep if source is not None else 0, flip)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int:
+        raise NotUnderstood
+    return value
 
 
 def _is_asked(expression: Any) -> bool:
@@ -219,21 +245,6 @@ def _verdict(value: Any) -> End | Return | Jump | None:
     if kind == "continue":
         return None
     raise NotUnderstood
-
-
-def _mangle(its: Mapping[str, Any]) -> Iterator[Part]:
-    try:
-        target = nftset.field_of(its["key"])
-    except NotUnderstood:
-        return  # such as an option of TCP
-    if target not in (Field.MARK, Field.CT_MARK):
-        return
-    try:
-        source, keep, flip = _combined(its["value"])
-    except (NotUnderstood, TypeError, ValueError):
-        yield Mark(target, None)
-        return
-    yield Mark(target, source or target, keep if source is not None else 0, flip)
 
 
 def _combined(value: Any) -> tuple[Field | None, int, int]:

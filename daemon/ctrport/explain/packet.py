@@ -1,8 +1,8 @@
 """A packet as rules see it, and the flow that connection tracking makes of it.
 
-Pure. It is the first packet of a flow, or the first answer to it. What is not known of a packet before it is sent is
-told as such: of the port that a client will choose, between which it is; of a mark that nobody can work out, nothing.
-So a rule that is asked whether it matches can answer that this cannot be told.
+Pure. It is the first packet of a flow, the answer to that, or what comes behind. What is not known of it before it is
+sent is told as such: of the port that a client will choose, between which it is; of a mark that nobody can work out,
+nothing. So a rule that is asked whether it matches can answer that this cannot be told.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from functools import cached_property
 
 from ..model import Address, Family, PortRange, Protocol
 
-#: The ports of programs that ask for none in particular, as far as any can be told.
-CLIENT_PORTS = PortRange(1024, 65535)
+#: The ports of programs that ask for none in particular: what Linux gives them (net.ipv4.ip_local_port_range).
+CLIENT_PORTS = PortRange(32768, 60999)
 #: What IP calls the protocols (/etc/protocols).
 NUMBERS = {Protocol.TCP: 6, Protocol.UDP: 17, Protocol.SCTP: 132}
 
@@ -49,8 +49,26 @@ class Field(enum.Enum):
 
 #: Where a number is: between these two, both included.
 Span = tuple[int, int]
+
+
+class Absent:
+    """What a packet has for a field that it has not: of connection tracking before that has looked for its flow.
+
+    A comparison with it does not hold, whichever it is.
+    """
+
+
+ABSENT = Absent()
 #: What a packet has for a field: a number as far as it is known, or a name. None: nothing is known of it.
-Reading = Span | str | None
+Reading = Span | str | Absent | None
+
+
+class Turn(enum.Enum):
+    """Which packet of its flow it is: the first, the answer to it, or the next of who sent the first."""
+
+    FIRST = "first"
+    ANSWER = "answer"
+    LATER = "later"
 
 
 @dataclass(frozen=True)
@@ -75,8 +93,8 @@ class Flow:
     """What connection tracking knows: where the first packet came from and went to, and what was translated since.
 
     ``state`` is nft's word for it, and ``invalid`` as long as the flow was not looked up. ``masked`` is whether its
-    source was translated, to ``mask``; where that is None, or a ``mark`` is, it is not known. ``answered`` is whether
-    the packet at hand is the answer.
+    source was translated, to ``mask``; where that is None, or a ``mark`` is, it is not known. ``turn`` is that of the
+    packet at hand; ``answered`` is whether an answer was tracked before it.
     """
 
     source: Place
@@ -86,13 +104,24 @@ class Flow:
     masked: bool = False
     mask: Address | None = None
     mark: int | None = 0
+    turn: Turn = Turn.FIRST
     answered: bool = False
+
+    @property
+    def tracked(self) -> bool:
+        """Whether connection tracking has looked for it, and was not told to leave it alone."""
+        return self.state not in ("invalid", "untracked")
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether something of it was."""
+        return self.translated is not None or self.masked
 
     @property
     def status(self) -> frozenset[str]:
         """What was done to it, in nft's words."""
         done = {"dnat": self.translated is not None, "snat": self.masked}
-        done |= {"seen-reply": self.answered, "confirmed": self.answered}
+        done |= {"seen-reply": self.answered or self.turn is Turn.ANSWER, "confirmed": self.turn is not Turn.FIRST}
         return frozenset(word for word, so in done.items() if so)
 
 
@@ -121,13 +150,14 @@ class Packet:
 
     def looked_up(self) -> Packet:
         """Return it when connection tracking has looked for its flow."""
-        if self.flow.state == "untracked":
+        if self.flow.state != "invalid":
             return self
-        return replace(self, flow=replace(self.flow, state="established" if self.flow.answered else "new"))
+        known = self.flow.answered or self.flow.turn is Turn.ANSWER
+        return replace(self, flow=replace(self.flow, state="established" if known else "new"))
 
     def untracked(self) -> Packet:
-        """Return it as one that connection tracking is told to leave alone."""
-        return replace(self, flow=replace(self.flow, state="untracked"))
+        """Return it as one that connection tracking is told to leave alone, which comes too late for one it knows."""
+        return self if self.flow.tracked else replace(self, flow=replace(self.flow, state="untracked"))
 
     def sent_to(self, place: Place) -> Packet:
         """Return it with its destination translated."""
@@ -143,12 +173,34 @@ class Packet:
 
         It goes to where the first packet seemed to come from, until that is undone.
         """
-        flow = replace(self.flow, answered=True, state="invalid")
+        flow = replace(self.flow, turn=Turn.ANSWER, state="invalid")
         return Packet(self.protocol, self.destination, self.source, flow, in_device)
 
-    def led_back(self) -> Packet:
-        """Return an answer as it is when its destination is the client again, whatever the client was made."""
-        return replace(self, destination=self.flow.source)
+    def later(self) -> Packet:
+        """Return the next packet of who sent this one, as it is sent."""
+        flow = replace(self.flow, turn=Turn.LATER, state="invalid")
+        return Packet(self.protocol, flow.source, flow.destination, flow, self.in_device)
+
+    def behind(self, other: Packet) -> Packet:
+        """Return it with what another packet has made of its flow."""
+        flow = other.flow
+        answered = flow.answered or (flow.turn is Turn.ANSWER and flow.tracked)
+        return replace(self, flow=replace(self.flow, mark=flow.mark, answered=answered))
+
+    def rewritten(self, *, source: bool) -> Packet:
+        """Return it as its flow has it translated: at some hooks its ``source`` is, at the others its destination."""
+        flow = self.flow
+        if not flow.tracked or flow.turn is Turn.FIRST:
+            return self
+        if flow.turn is Turn.ANSWER and source and flow.translated is not None:
+            return replace(self, source=flow.destination)
+        if flow.turn is Turn.ANSWER and not source and flow.masked:
+            return replace(self, destination=flow.source)
+        if flow.turn is Turn.LATER and source and flow.mask is not None:
+            return replace(self, source=Place(flow.mask, CLIENT_PORTS))
+        if flow.turn is Turn.LATER and not source and flow.translated is not None:
+            return replace(self, destination=flow.translated)
+        return self
 
     @cached_property
     def readings(self) -> Mapping[Field, Reading]:
@@ -156,6 +208,18 @@ class Packet:
         flow = self.flow
         sender = flow.translated or flow.destination
         receiver = None if flow.masked and flow.mask is None else flow.mask or flow.source.address
+        tracked: dict[Field, Reading] = {
+            Field.CT_MARK: _exactly(flow.mark),
+            Field.DIRECTION: "reply" if flow.turn is Turn.ANSWER else "original",
+            Field.ORIGINAL_SOURCE: _exactly(flow.source.address),
+            Field.ORIGINAL_DESTINATION: _exactly(flow.destination.address),
+            Field.ORIGINAL_SOURCE_PORT: _between(flow.source),
+            Field.ORIGINAL_DESTINATION_PORT: _between(flow.destination),
+            Field.REPLY_SOURCE: _exactly(sender.address),
+            Field.REPLY_DESTINATION: _exactly(receiver),
+            Field.REPLY_SOURCE_PORT: _between(sender),
+            Field.REPLY_DESTINATION_PORT: None if flow.masked else _between(flow.source),
+        }
         return {
             Field.FAMILY: _exactly(self.family.value),
             Field.PROTOCOL: _exactly(NUMBERS[self.protocol]),
@@ -166,23 +230,15 @@ class Packet:
             Field.IN_DEVICE: self.in_device or "",
             Field.OUT_DEVICE: self.out_device or "",
             Field.PACKET_TYPE: "unicast",
-            Field.TCP_FLAGS: _exactly(_SYN_ACK if flow.answered else _SYN),
+            Field.TCP_FLAGS: _exactly(_ACK if flow.answered else _TCP_FLAGS[flow.turn]),
             Field.MARK: _exactly(self.mark),
-            Field.CT_MARK: _exactly(flow.mark),
             Field.STATE: flow.state,
-            Field.DIRECTION: "reply" if flow.answered else "original",
-            Field.ORIGINAL_SOURCE: _exactly(flow.source.address),
-            Field.ORIGINAL_DESTINATION: _exactly(flow.destination.address),
-            Field.ORIGINAL_SOURCE_PORT: _between(flow.source),
-            Field.ORIGINAL_DESTINATION_PORT: _between(flow.destination),
-            Field.REPLY_SOURCE: _exactly(sender.address),
-            Field.REPLY_DESTINATION: _exactly(receiver),
-            Field.REPLY_SOURCE_PORT: _between(sender),
-            Field.REPLY_DESTINATION_PORT: None if flow.masked else _between(flow.source),
+            **(tracked if flow.tracked else dict.fromkeys(tracked, ABSENT)),
         }
 
 
-_SYN, _SYN_ACK = 0x02, 0x12
+_SYN, _ACK = 0x02, 0x10
+_TCP_FLAGS = {Turn.FIRST: _SYN, Turn.ANSWER: _SYN | _ACK, Turn.LATER: _ACK}
 
 
 def _exactly(value: Address | int | None) -> Span | None:

@@ -74,15 +74,19 @@ class NewSource:
 
 @dataclass(frozen=True)
 class Mark:
-    """Set ``field``, the packet's mark or the flow's, to ``(source & keep) ^ flip``.
+    """Set ``field``, the packet's mark or the flow's, to ``(its own & own) ^ (source & keep) ^ flip``.
 
-    Where ``source`` is None nobody knows to what.
+    Where ``source`` is None nobody knows to what. With a ``map`` it is what that has for the ``key``; what it does not
+    have is not marked.
     """
 
     field: Field
     source: Field | None
     keep: int = 0xFFFFFFFF
     flip: int = 0
+    own: int = 0
+    key: tuple[Field, ...] = ()
+    map: Elements[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -222,9 +226,9 @@ class Ruleset:
 
 
 #: Where the kernel translates (NF_IP_PRI_NAT_DST, NF_IP_PRI_NAT_SRC).
-_TRANSLATION = {"prerouting": -100, "output": -100, "input": 100, "postrouting": 100}
+TRANSLATION = {"prerouting": -100, "output": -100, "input": 100, "postrouting": 100}
 
 
 def place_of(base: Base) -> int:
     """Return where among the chains of a hook the kernel asks one."""
-    return _TRANSLATION.get(base.hook, base.priority) if base.type == "nat" else base.priority
+    return TRANSLATION.get(base.hook, base.priority) if base.type == "nat" else base.priority

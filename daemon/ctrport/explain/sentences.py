@@ -126,7 +126,8 @@ class _Words:
         return f"{self._rule(fate.at)} {done} it{self._lost_jump(fate)}", self._way_past(fate.at)
 
     def answer_dropped(self, fate: Fate) -> tuple[str, str]:
-        return f"{self._rule(fate.at)} stops the answer{self._lost_jump(fate)}", self._way_past(fate.at)
+        what = "the answer" if fate.cause is Cause.ANSWER_DROPPED else "what comes behind the first packet"
+        return f"{self._rule(fate.at)} stops {what}{self._lost_jump(fate)}", self._way_past(fate.at)
 
     def isolated(self, fate: Fate) -> tuple[str, str]:
         place = self._packet.destination
@@ -226,8 +227,10 @@ class _Words:
         return what, "`ctrport plan` shows what is missing; systemctl restart ctrport"
 
     def untracked(self, fate: Fate) -> tuple[str, str]:
-        what = f"{self._rule(fate.at)} has connection tracking leave it alone, and what is not tracked is not sent on"
-        return what, self._way_past(fate.at)
+        what = f"{self._rule(fate.at)} has connection tracking leave it alone"
+        if fate.outcome is Outcome.UNKNOWN:
+            return f"{what}, and what becomes of the answer then is not known here", ""
+        return f"{what}, and what is not tracked is not translated", self._way_past(fate.at)
 
     def not_active(self, fate: Fate) -> tuple[str, str]:
         declared = self._judgement.declared
@@ -316,6 +319,11 @@ class _Words:
             return what, f"let its default route lead here, or set `firewall.masquerade: all` ({look})"
         return f"{self._who(fate)} has no route to {receiver} for its answer", f"give it a default route ({look})"
 
+    def own_address(self, fate: Fate) -> tuple[str, str]:
+        source = fate.case.packet.source.address
+        what = f"it comes to {self._who(fate)} from {source}, which no host takes from elsewhere than itself"
+        return what, "`ctrport plan` shows whether the rule is missing that masquerades it; systemctl restart ctrport"
+
     def past_node(self, fate: Fate) -> tuple[str, str]:
         receiver = fate.case.packet.source.address
         what = f"{self._who(fate)} answers {receiver} on their own link, past the node, from an address it did not ask"
@@ -357,8 +365,10 @@ _SAID: dict[Cause, Callable[[_Words, Fate], tuple[str, str]]] = {
     Cause.TABLE_FULL: _Words.table_full,
     Cause.SOCKETS_UNSEEN: _Words.sockets_unseen,
     Cause.NO_WAY_BACK: _Words.no_way_back,
+    Cause.OWN_ADDRESS: _Words.own_address,
     Cause.PAST_NODE: _Words.past_node,
     Cause.ANSWER_DROPPED: _Words.answer_dropped,
+    Cause.LATER_DROPPED: _Words.answer_dropped,
 }
 
 #: What to do about a publication that is not active, by how its reason begins.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .cases import At, Noted, Passed
 from .facts import Declared, Facts, OldFlow
 from .fate import Fate
-from .packet import Packet
+from .packet import Packet, Turn
 from .question import Inquiry
 from .ruleset import NFT
 from .whose import CTRPORT, chain_owner, owner_of, place_of
@@ -21,6 +21,10 @@ _DONE = {
     "untrack": "has connection tracking leave it alone",
     "untold": "may do something with it that is not understood here",
 }
+
+
+#: What stands before the place where something befalls a packet that is not the first.
+_TURNS = {Turn.FIRST: "", Turn.ANSWER: "answer, ", Turn.LATER: "next packet, "}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def _passed(each: Passed, facts: Facts) -> Iterator[Step]:
     verdict = each.verdict
     rule = verdict.at.rule if verdict is not None else None
     text = rule.text if rule is not None else ""
-    where = ("answer, " if each.packet.flow.answered else "") + place_of(each.hooked)
+    where = _TURNS[each.packet.flow.turn] + place_of(each.hooked)
     if verdict is None:
         whose = (
             chain_owner(each.into, facts.chain)

@@ -94,11 +94,11 @@ def _set_mark(field: Field) -> _Act:
         if "--set-xmark" in options:
             value, _, mask = options["--set-xmark"].partition("/")
             return (Mark(field, field, 0xFFFFFFFF & ~int(mask or "0xffffffff", 0), int(value, 0)),)
-        if field is Field.CT_MARK and not {"--nfmask", "--ctmask", "--mask"} & set(options):
-            if "--save-mark" in options:
-                return (Mark(field, other),)
-            if "--restore-mark" in options:
-                return (Mark(other, field),)
+        packets, flows = (int(options.get(each) or "0xffffffff", 0) for each in ("--nfmask", "--ctmask"))
+        if field is Field.CT_MARK and "--save-mark" in options:
+            return (Mark(field, other, packets, own=0xFFFFFFFF & ~flows),)
+        if field is Field.CT_MARK and "--restore-mark" in options:
+            return (Mark(other, field, flows, own=0xFFFFFFFF & ~packets),)
         return (Mark(Field.MARK, None), Mark(Field.CT_MARK, None))
 
     return read

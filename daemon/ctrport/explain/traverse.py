@@ -16,6 +16,7 @@ from .packet import Field, Packet, Place
 from .ruleset import (
     ACTIONS,
     LEGACY,
+    TRANSLATION,
     Action,
     Base,
     Chain,
@@ -41,8 +42,6 @@ from .ruleset import (
 MOST_CASES, DEEPEST = 24, 32
 #: Where connection tracking looks for the flow of a packet (NF_IP_PRI_CONNTRACK), at the hooks that packets begin at.
 _TRACKING, _BEGINNINGS = -200, ("prerouting", "output")
-#: Where it translates destinations (NF_IP_PRI_NAT_DST).
-_TRANSLATION = -100
 
 
 class _Back:
@@ -104,12 +103,13 @@ class _Hook:
 
     def run(self, packet: Packet, chains: list[_Hooked]) -> list[Ended]:
         cases, stopped = [Case(packet)], list[Ended]()
-        looked_up, led_back = self._hook not in _BEGINNINGS, self._hook != "prerouting"
+        begins = self._hook in _BEGINNINGS
+        looked_up, rewritten = not begins, self._hook not in TRANSLATION
         for table, chain, base in chains:
             if not looked_up and place_of(base) > _TRACKING:
                 cases, looked_up = [replace(case, packet=case.packet.looked_up()) for case in cases], True
-            if not led_back and place_of(base) >= _TRANSLATION:
-                cases, led_back = [_led_back(case) for case in cases], True
+            if not rewritten and place_of(base) >= TRANSLATION[self._hook]:
+                cases, rewritten = [_rewritten(case, not begins) for case in cases], True
             ended = [each for case in cases for each in self._base(case, table, chain, base)]
             cases = []
             for case, verdict in _merged(ended):
@@ -119,8 +119,8 @@ class _Hook:
                     stopped.append((case, verdict))
         if not looked_up:
             cases = [replace(case, packet=case.packet.looked_up()) for case in cases]
-        if not led_back:
-            cases = [_led_back(case) for case in cases]
+        if not rewritten:
+            cases = [_rewritten(case, not begins) for case in cases]
         return stopped + [(case, None) for case in cases]
 
     def _base(self, case: Case, table: Table, chain: Chain, base: Base) -> list[Ended]:
@@ -221,8 +221,10 @@ class _Hook:
                     self._decided(replace(case, packet=self._masked(case.packet, action)), Verdict("snat", at), hooked)
                 ]
             case Mark():
-                return [(replace(case, packet=_marked(case.packet, action)), _GO_ON)]
+                return self._mark(case, action, at)
             case Untrack():
+                if case.packet.flow.tracked:
+                    return [(case, _GO_ON)]
                 case = replace(case, packet=case.packet.untracked())
                 return [(case.came_by(Passed(at, "", Verdict("untrack", at), case.packet)), _GO_ON)]
             case Perhaps():
@@ -272,6 +274,19 @@ class _Hook:
                 steps.append(self._decided(replace(each, packet=packet.sent_to(place)), Verdict("dnat", at), hooked))
         return steps
 
+    @staticmethod
+    def _mark(case: Case, action: Mark, at: At) -> list[_Step]:
+        if action.map is None:
+            return [(replace(case, packet=_marked(case.packet, action)), _GO_ON)]
+        found = action.map.find([case.packet.readings[field] for field in action.key])
+        steps: list[_Step] = []
+        for value in found.values:
+            each = case if found.sure else _doubted(case, at, value is not None)
+            mark = replace(action, keep=0, flip=value or 0, map=None)
+            # What a map does not have is not marked, and the rule ends there (NFT_BREAK).
+            steps.append((each, None) if value is None else (replace(each, packet=_marked(case.packet, mark)), _GO_ON))
+        return steps
+
     def _masked(self, packet: Packet, action: NewSource) -> Packet:
         if not action.device:
             return packet.from_behind(action.address)
@@ -284,9 +299,9 @@ class _Hook:
         return case, verdict
 
 
-def _led_back(case: Case) -> Case:
-    """Undo for an answer what the source of the first packet was made: the kernel does so where it translates."""
-    return replace(case, packet=case.packet.led_back()) if case.packet.flow.answered else case
+def _rewritten(case: Case, source: bool) -> Case:
+    """Translate what is not the first of its flow as that was: the kernel asks no rules about it."""
+    return replace(case, packet=case.packet.rewritten(source=source))
 
 
 class _GoOn(_Back):
@@ -317,10 +332,14 @@ def _sent(packet: Packet, to: To) -> Place | None:
 
 
 def _marked(packet: Packet, action: Mark) -> Packet:
-    source = {Field.MARK: packet.mark, Field.CT_MARK: packet.flow.mark}.get(action.source) if action.source else None
-    value = None if source is None else (source & action.keep) ^ action.flip
-    if action.source is not None and not action.keep:
-        value = action.flip
+    marks = {Field.MARK: packet.mark, Field.CT_MARK: packet.flow.mark}
+    if Field.CT_MARK in (action.field, action.source) and not packet.flow.tracked:
+        return packet  # there is no flow to mark, or to take a mark from
+    value = action.flip if action.source is not None else None
+    for field, mask in ((action.source, action.keep), (action.field, action.own)):
+        if field is not None and mask and value is not None:
+            its = marks[field]
+            value = None if its is None else value ^ (its & mask)
     if action.field is Field.MARK:
         return replace(packet, mark=value)
     return replace(packet, flow=replace(packet.flow, mark=value))

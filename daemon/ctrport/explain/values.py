@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from .packet import Reading, Span
+from .packet import Absent, Reading, Span
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ Pattern = Span | Name
 
 def compare(pattern: Pattern, reading: Reading) -> bool | None:
     """Whether what a packet has is what is meant; None where that cannot be told."""
-    if reading is None:
+    if reading is None or isinstance(reading, Absent):
         return None
     if isinstance(reading, str):
         if not isinstance(pattern, Name):

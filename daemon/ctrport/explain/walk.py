@@ -14,12 +14,12 @@ from dataclasses import replace
 from ..model import Family
 from .arrival import arrived
 from .cases import Case, Noted
-from .facts import Facts, NoRoute, Route, RouteTo, Socket
+from .facts import Facts, NoRoute, Route, RouteTo
 from .fate import Cause, Fate, Outcome
 from .packet import Packet
 from .question import Inquiry
 from .traverse import Hooks
-from .way import Way
+from .way import Hops, Way
 
 
 def walk(inquiry: Inquiry, facts: Facts, hooks: Hooks) -> list[Fate]:
@@ -32,7 +32,7 @@ def _from_elsewhere(way: Way, case: Case) -> Iterator[Fate]:
     device = case.packet.in_device or ""
     if _goes_past(way, case.packet):
         note = Noted(f"bridge {device}", "goes by the bridge, past the node and its rules")
-        yield from arrived(way, case.came_by(note), device, bridged=True)
+        yield from arrived(way, case.came_by(note), device, asked=False)
         return
     begun, fates = way.through(case, "ingress", translates=False)
     yield from fates
@@ -133,24 +133,22 @@ def _to_node(way: Way, case: Case) -> Iterator[Fate]:
             continue
         after = after.came_by(Noted("the node itself", f"listens on {socket}", way.facts.holder(socket)))
         if after.packet.in_device == "lo":
-            yield Fate(Outcome.WORKS, Cause.PROGRAM, after, socket=socket)
+            loop: Hops = (("output", None, "lo"), ("postrouting", None, "lo"), ("prerouting", "lo", None))
+            loop += (("input", "lo", None),)
+            cases, fates = way.follow(after, after.packet.answer(None), loop, loop)
         else:
-            yield from _node_answers(way, after, socket)
+            cases, fates = _node_answers(way, after)
+        yield from (replace(fate, socket=socket) for fate in fates)
+        yield from (Fate(Outcome.WORKS, Cause.PROGRAM, each, socket=socket) for each in cases)
 
 
-def _node_answers(way: Way, case: Case, socket: Socket) -> Iterator[Fate]:
-    answer = case.packet.answer(None)
+def _node_answers(way: Way, case: Case) -> tuple[list[Case], list[Fate]]:
+    answer, device = case.packet.answer(None), case.packet.in_device
     route = way.facts.route(RouteTo(answer.destination.address, answer.source.address))
     if isinstance(route, NoRoute):
-        words = {"receiver": str(answer.destination.address)}
-        yield Fate(Outcome.FAILS, Cause.NO_WAY_BACK, case, socket=socket, answer=True, words=words)
-        return
-    cases, fates = way.back(answer, (("output", route.device), ("postrouting", route.device)))
-    for fate in fates:
-        yield replace(fate, case=fate.case.after(case), socket=socket)
-    for each in cases:
-        doubts = each.after(case).doubts
-        yield Fate(Outcome.WORKS, Cause.PROGRAM, replace(case, doubts=doubts), socket=socket)
+        return [], [Fate(Outcome.FAILS, Cause.NO_WAY_BACK, case, answer=True)]
+    back: Hops = (("output", None, route.device), ("postrouting", None, route.device))
+    return way.follow(case, answer, back, (("prerouting", device, None), ("input", device, None)))
 
 
 def _by(route: Route) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
 from dataclasses import replace
 
 from ..model import Address, Family, Protocol
-from .cases import Case, Verdict
+from .cases import Case, Verdict, did
 from .facts import Facts, NoRoute, Route, RouteTo, Socket
 from .fate import Cause, Fate, Outcome
-from .packet import Packet
+from .packet import Packet, Turn
 from .traverse import Hooks
+
+#: Hooks in a row, each with the devices that a packet comes in and goes out by there.
+Hops = tuple[tuple[str, str | None, str | None], ...]
 
 
 class Way:
@@ -22,7 +24,7 @@ class Way:
         self._hooks = hooks
 
     def through(
-        self, case: Case, hook: str, *, out: str | None = None, translates: bool = True, answer: bool = False
+        self, case: Case, hook: str, *, out: str | None = None, translates: bool = True
     ) -> tuple[list[Case], list[Fate]]:
         """Send a case through a hook: what comes out, and what ended there; ``out`` is the device it goes on by."""
         if out is not None:
@@ -33,20 +35,43 @@ class Way:
             if verdict is None:
                 cases.append(after)
             else:
-                fates.append(_stopped(after, verdict, answer))
+                fates.append(_stopped(after, verdict))
         return cases, fates
 
-    def back(self, answer: Packet, hooks: Iterable[tuple[str, str | None]]) -> tuple[list[Case], list[Fate]]:
-        """Send an answer through hooks, one after the other, each with the device that it goes out by."""
-        cases, fates = [Case(answer)], list[Fate]()
-        for hook, out in hooks:
+    def follow(self, case: Case, answer: Packet, back: Hops, later: Hops) -> tuple[list[Case], list[Fate]]:
+        """Send the answer to a packet ``back``, and the next one behind that packet; return how the case stands then.
+
+        Twice, as each may leave a mark on the flow that the next one meets. What the chains do to them is told only
+        where one of them ends.
+        """
+        if case.packet.flow.state == "untracked":
+            # What is made of the next ones, that are answers to nothing, is anybody's guess.
+            return [], [Fate(Outcome.UNKNOWN, Cause.UNTRACKED, case, did(case, "untrack"))]
+        cases, fates = [case], list[Fate]()
+        for packet, hops in 2 * ((answer, back), (case.packet.later(), later)):
+            following: list[Case] = []
+            for each in cases:
+                after, ended = self._along(packet.behind(each.packet), hops)
+                fates += [replace(fate, case=fate.case.after(each), answer=True) for fate in ended]
+                following += [replace(one, trail=()).after(each) for one in after]
+            cases = following
+        return [replace(each, packet=case.packet) for each in cases], fates
+
+    def _along(self, packet: Packet, hops: Hops) -> tuple[list[Case], list[Fate]]:
+        """Send a packet that is not the first through hooks, one after the other."""
+        cases, fates = [Case(packet)], list[Fate]()
+        for hook, in_device, out_device in hops:
             going_on: list[Case] = []
             for case in cases:
-                after, ended = self.through(case, hook, out=out, translates=False, answer=True)
+                there = replace(case.packet, in_device=in_device, out_device=out_device)
+                after, ended = self.through(replace(case, packet=there), hook, translates=False)
                 going_on += after
                 fates += ended
             cases = going_on
-        return cases, fates
+        # What connection tracking is told to leave alone, it does not translate back.
+        lost = [case for case in cases if case.packet.flow.state == "untracked" and case.packet.flow.is_translated]
+        fates += [Fate(Outcome.FAILS, Cause.UNTRACKED, case, did(case, "untrack")) for case in lost]
+        return [case for case in cases if case not in lost], fates
 
     def forwards_ipv6(self, device: str) -> bool:
         """Whether it sends on what comes in by a device: of IPv6 its routes do not tell."""
@@ -57,7 +82,7 @@ class Way:
         """Return how IPv4 checks whether the way back leads by the device: 0 not at all, 1 strictly, 2 loosely."""
         return max(self.facts.number(f"net/ipv4/conf/{each}/rp_filter") for each in ("all", device))
 
-    def not_routed(self, case: Case, refused: NoRoute, *, answer: bool = False) -> Fate:
+    def not_routed(self, case: Case, refused: NoRoute) -> Fate:
         """Return why the kernel sends it nowhere: it checks many things, and says little more than that one failed."""
         packet = case.packet
         device = packet.in_device
@@ -68,7 +93,7 @@ class Way:
             everywhere = not self.facts.number("net/ipv4/ip_forward")
             setting = "net.ipv4.ip_forward" if everywhere else f"net.ipv4.conf.{device}.forwarding"
             cause, words = Cause.FORWARDING, {"setting": setting}
-        return Fate(Outcome.FAILS, cause, case, answer=answer, words=words)
+        return Fate(Outcome.FAILS, cause, case, words=words)
 
     def _keeps(self, device: str | None) -> bool:
         """Whether IPv4 sends nothing on that comes in by a device."""
@@ -113,9 +138,9 @@ def serves(socket: Socket, address: Address) -> bool:
     return address in (its, its.ipv4_mapped if its.version == 6 else None)
 
 
-def _stopped(case: Case, verdict: Verdict, answer: bool) -> Fate:
+def _stopped(case: Case, verdict: Verdict) -> Fate:
     if verdict.kind == "untold":
-        return Fate(Outcome.UNKNOWN, Cause.UNTOLD, case, verdict.at, answer=answer)
-    if answer:
-        return Fate(Outcome.FAILS, Cause.ANSWER_DROPPED, case, verdict.at, answer=True)
-    return Fate(Outcome.FAILS, Cause.DROPPED if verdict.kind == "drop" else Cause.REJECTED, case, verdict.at)
+        return Fate(Outcome.UNKNOWN, Cause.UNTOLD, case, verdict.at)
+    first = Cause.DROPPED if verdict.kind == "drop" else Cause.REJECTED
+    causes = {Turn.FIRST: first, Turn.ANSWER: Cause.ANSWER_DROPPED, Turn.LATER: Cause.LATER_DROPPED}
+    return Fate(Outcome.FAILS, causes[case.packet.flow.turn], case, verdict.at)

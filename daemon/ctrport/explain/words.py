@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Container
 from ipaddress import ip_address, ip_network
 
-from .conditions import AnyPort, Bridged, Condition, Doubt, Is, Never, Sender, StateOf, TypeIs, WayBack
+from .conditions import AnyPort, Bridged, Condition, Doubt, Is, Never, Sender, StateOf, StatusOf, TypeIs, WayBack
 from .packet import Field
 from .ruleset import Action, Jump, Part
 from .targets import actions_of
@@ -196,9 +196,9 @@ def _states(arguments: list[str], negated: bool) -> Condition:
 
 def _status(arguments: list[str], negated: bool) -> Condition:
     words = frozenset(word.lower().replace("_", "-") for word in arguments[0].split(","))
-    if not words <= {"seen-reply", "confirmed"}:
+    if not words <= {"seen-reply", "confirmed", "assured"}:
         raise _NotKnown
-    return StateOf(words, negated)
+    return StatusOf(words, negated)
 
 
 def _direction(arguments: list[str], negated: bool) -> Condition:
