@@ -151,15 +151,7 @@ def explain(port: str, source: str | None, path: str, directory: Path, as_json: 
         config = _load(path)
         _as_root("explain")
         current, remark = _published(config, directory)
-        firewall = config.firewall
-        work = explained(
-            asked,
-            current,
-            containerd=config.containerd.address,
-            chain=firewall.chain,
-            localhost=firewall.localhost,
-        )
-        explanation = _await(work)
+        explanation = _await(explained(asked, current, config))
     except QuestionError as error:
         fail(str(error), BAD_USAGE)
     if remark:

@@ -40,12 +40,12 @@ SETTINGS = {
 
 _ASKED = """
 import asyncio, json, sys
+from ctrport.config import parse
 from ctrport.explain.answer import explain
 from ctrport.explain.question import read
 for line in sys.stdin:
     port, source = json.loads(line)
-    socket = "/run/containerd/containerd.sock"
-    said = asyncio.run(explain(read(port, source), None, containerd=socket, chain="DOCKER", localhost=True))
+    said = asyncio.run(explain(read(port, source), None, parse("", "")))
     print(json.dumps(json.loads(said.to_json())), flush=True)
 """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 
+from ..config import Config
 from ..status import Status
 from .facts import Ask
 from .fate import Cause, Outcome
@@ -38,13 +39,13 @@ class Explanation:
         return json.dumps(asdict(self), indent=2)
 
 
-async def explain(asked: Asked, current: Status | None, *, containerd: str, chain: str, localhost: bool) -> Explanation:
+async def explain(asked: Asked, current: Status | None, config: Config) -> Explanation:
     """Return what becomes of the packet that is asked about. ``current`` is what is published, None if not known.
 
     Raises ``QuestionError``.
     """
-    async with Snapshot(containerd) as snapshot:
-        facts = await snapshot.facts(asked, current, chain, localhost)
+    async with Snapshot(config.containerd.address) as snapshot:
+        facts = await snapshot.facts(asked, current, config)
         hooks = Hooks(facts.rules)
         for _ in range(MOST_QUESTIONS):
             try:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface, IPv6Interface
 
-from ..model import Address, ContainerKey, Family, Network, PortRange, Protocol
+from ..model import Access, Address, ContainerKey, Family, Network, PortRange, Protocol
 from ..model import Mapping as PortMapping
 from .ruleset import Ruleset
 
@@ -149,7 +149,7 @@ class Declared:
     """A publication as ``ps`` shows it. ``bound`` has the host ports that it got, None unless it is active.
 
     ``missing`` is whether its rules should be in the kernel and are not, as no daemon runs. ``families`` are those that
-    it has an address of, where it is active.
+    it has an address of, where it is active; ``access`` is who may reach it, as far as the configuration says so.
     """
 
     name: str
@@ -160,6 +160,7 @@ class Declared:
     reason: str = ""
     missing: bool = False
     families: frozenset[Family] = frozenset(Family)
+    access: Access = field(default_factory=Access)
 
     def __str__(self) -> str:
         its = str(self.bound or self.mapping)

@@ -39,7 +39,6 @@ class Cause(str, enum.Enum):
     FORWARDING = "forwarding-off"
     RP_FILTER = "rp-filter"
     ROUTE_LOCALNET = "route-localnet-off"
-    MARTIAN = "source-not-taken"
     HAIRPIN = "hairpin-off"
 
     # At the node itself.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..firewall.text import owner
-from ..model import Family
+from ..model import Access, Family
 from .cases import At, Doubt, did
 from .conditions import Is
 from .facts import Declared, Facts
@@ -18,6 +18,7 @@ from .fate import Cause, Fate, Outcome
 from .packet import Field, Packet
 from .question import Inquiry
 from .ruleset import Rule
+from .whose import CTRPORT, is_ours
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def _judged(packet: Packet, facts: Facts, fate: Fate) -> Judgement:
     about.sort(key=lambda each: (each.state != "active", not each.serves(packet.destination.address)))
     serving = [each for each in about if each.serves(packet.destination.address)]
     sender = translator(fate)
-    if sender is not None and sender.rule is not None and sender.rule.tag is not None:
-        return _by_ours(fate, owner(sender.rule.tag), serving)
+    if sender is not None and is_ours(sender):
+        its = owner(sender.rule.tag or "") if sender.rule is not None else ""
+        return _by_ours(fate, its or str(next(iter(serving), CTRPORT)), serving)
     if fate.outcome is Outcome.WORKS or sender is not None:
         if serving:
             return Judgement(replace(fate, outcome=Outcome.FAILS, cause=Cause.TAKEN), serving[0])
@@ -180,10 +182,19 @@ def _nobody(
     if packet.family not in its.families:
         return Judgement(replace(fate, cause=Cause.ANOTHER_FAMILY), its)
     missed = [_missed(rule, packet, facts) for rule in _ours(facts, its, packet.family)]
-    for field, cause in _CAUSES.items():
-        if missed and all(field in each for each in missed):
-            return Judgement(replace(fate, cause=cause), its)
-    return Judgement(replace(fate, cause=Cause.NOT_INSTALLED), its)
+    causes = [cause for field, cause in _CAUSES.items() if missed and all(field in each for each in missed)]
+    if not missed:
+        causes = [*_kept_out(its.access, packet)]
+    return Judgement(replace(fate, cause=next(iter(causes), Cause.NOT_INSTALLED)), its)
+
+
+def _kept_out(access: Access, packet: Packet) -> Iterator[Cause]:
+    """Tell why a packet is not let in by what is declared: for where the rules do not say it one by one."""
+    sources = access.sources_of(packet.family)
+    if sources is None or (sources and not any(packet.source.address in source for source in sources)):
+        yield Cause.SOURCES
+    if access.interface is not None and packet.in_device != access.interface:
+        yield Cause.INTERFACE
 
 
 _CAUSES = {

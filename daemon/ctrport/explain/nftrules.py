@@ -71,7 +71,7 @@ def tables(objects: Iterable[Any], turns: Mapping[tuple[str, str, str], int]) ->
                 raw.rules.setdefault(str(its["chain"]), []).append(its)
             elif kind in ("set", "map"):
                 raw.sets[str(its["name"])] = its
-        except (NotUnderstood, KeyError, TypeError):
+        except (NotUnderstood, KeyError, TypeError, AttributeError):
             continue  # what is no part of a table
     found = []
     for (family, name), raw in raws.items():
@@ -132,7 +132,7 @@ class _Reader:
                 yield from conditions(its, self._sets)
             else:
                 yield from self._statement(kind, its)
-        except (NotUnderstood, KeyError, TypeError, ValueError):
+        except (NotUnderstood, KeyError, TypeError, ValueError, AttributeError):
             words = words_of([expression])
             # A match, or a limit, is asked; what else there may be does something.
             yield Doubt(words) if _is_asked(expression) else Perhaps(words)
@@ -207,7 +207,7 @@ class _Reader:
                 yield Mark(target, target, key=key, map=nftset.elements(key, found, _number, pairs=True))
                 return
             source, keep, flip = _combined(value)
-        except (NotUnderstood, KeyError, TypeError, ValueError):
+        except (NotUnderstood, KeyError, TypeError, ValueError, AttributeError):
             yield Mark(target, None)
             return
         yield Mark(target, source or target, keep if source is not None else 0, flip)

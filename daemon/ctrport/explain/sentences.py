@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from ..firewall.text import owner
 from ..rules import USER_CHAIN
-from .cases import At
+from .cases import At, Doubt
 from .facts import Facts
 from .fate import Cause, Fate, Outcome
 from .judgement import Judgement, translator
 from .question import Inquiry
 from .ruleset import NFT
-from .whose import OPERATOR, command_of, owner_of, place_of
+from .whose import CTRPORT, OPERATOR, command_of, is_ours, owner_of, place_of
 
 #: How much of a rule is shown.
 _LONGEST = 160
@@ -47,10 +47,22 @@ class _Words:
         doubt, one, other = self._judgement.doubt, self._judgement.fate, self._judgement.otherwise
         if doubt is None or other is None:  # pragma: no cover - two cases differ by what was taken for granted
             return "it depends on what cannot be seen", ""
-        whether, otherwise = ("matches", "if not") if doubt.matched else ("does not match", "if it does")
-        first, second = ("it works" if each.outcome is Outcome.WORKS else self.of(each)[0] for each in (one, other))
-        said = f"it depends on whether {self._rule(doubt.at)} matches, which cannot be judged here"
-        return f"{said}; where it {whether} {first}, {otherwise} {second}", ""
+        for each in (one, other):
+            if each.cause is Cause.UNTOLD and each.at == doubt.at:
+                return self.untold(each)
+        what, matches = f"it depends on {self._rule(doubt.at)}, which cannot be judged here", "it matches"
+        if doubt.at.rule is None:
+            what = f"it depends on the device that the chain {place_of(doubt.at)} is for, which nft does not tell"
+            matches = f"that is {self._packet.in_device}"
+        if_so, if_not = (self._in_short(each, doubt) for each in ((one, other) if doubt.matched else (other, one)))
+        return f"{what}; if {matches}, {if_so}, and if not, {if_not}", ""
+
+    def _in_short(self, fate: Fate, doubt: Doubt) -> str:
+        if fate.outcome is Outcome.WORKS:
+            return "it works"
+        if fate.at is not None and fate.at == doubt.at:
+            return "it is stopped there"
+        return self.of(fate)[0]
 
     # Names
 
@@ -87,7 +99,7 @@ class _Words:
         as_whom = "" if source == self._packet.source.address else f", which sees {source} as its client"
         sender = translator(fate)
         by = ""
-        if sender is not None and (sender.rule is None or sender.rule.tag is None):
+        if sender is not None and not is_ours(sender):
             by = f", sent there by {owner_of(sender, self._facts.chain) or self._rule(sender)} and not by ctrport"
         return f"{self._packet.source.address} reaches {place} in {self._who(fate)}{by}{as_whom}", ""
 
@@ -140,7 +152,7 @@ class _Words:
         if fate.at is None or chain is None or chain.name != "FORWARD" or fate.at.table.kept_by == NFT:
             return ""
         sender = translator(fate)
-        if sender is None or sender.rule is None or sender.rule.tag is None:
+        if sender is None or not is_ours(sender):
             return ""
         jumps = [rule for rule in chain.rules if rule.tag is not None and owner(rule.tag) == "jump"]
         forward = f"{self._facts.chain}-FORWARD"
@@ -160,11 +172,14 @@ class _Words:
                 return f"let it through there, as with `nft insert rule {table} ct status dnat accept`"
             return f"`nft delete rule {table} handle {at.rule.handle}`, or let it through before that rule"
         command = f"{command_of(at)} -t {at.table.name}"
+        whose = owner_of(at, self._facts.chain).partition(" (")[0]
         if at.rule is None:
             return f"`{command} -P {at.chain.name} ACCEPT`, or a rule there that lets it through"
         if at.chain.name == USER_CHAIN or owner_of(at, self._facts.chain) == OPERATOR:
             return f"that chain is yours: `{command} -S {at.chain.name}` shows it"
-        if at.chain.name == "FORWARD" and at.rule is not None and self._stands_before_ours(at):
+        if whose not in ("", CTRPORT):
+            return f"that is for {whose} to change (`{command} -S {at.chain.name}` shows it)"
+        if at.chain.name == "FORWARD" and self._stands_before_ours(at):
             return "it stands before ctrport's jump: delete it, or set `firewall.position: first`"
         return f"`{command} -S {at.chain.name}` shows it; delete it, or let this port through before it"
 
@@ -178,9 +193,8 @@ class _Words:
 
     def no_route(self, fate: Fate) -> tuple[str, str]:
         address = fate.case.packet.destination.address
-        error = fate.words.get("error", "")
-        back = "the answer's " if fate.answer else ""
-        return f"the node has no way for {back}packets to {address} ({error})", f"`ip route get {address}`"
+        why = _NO_ROUTES.get(fate.words["error"], fate.words["error"])
+        return f"the node has no way for packets to {address} ({why})", f"`ip route get {address}`"
 
     def forwarding(self, fate: Fate) -> tuple[str, str]:
         setting = fate.words["setting"]
@@ -192,7 +206,8 @@ class _Words:
         source = fate.case.packet.source.address
         there = f"the node's route to {source} is by {back}" if back else f"the node has no route to {source}"
         why = f"rp_filter ({mode}) drops what comes from {source} by {device}, as {there}"
-        return why, f"mend the route (`ip route get {source}`), or `sysctl -w net.ipv4.conf.{device}.rp_filter=2`"
+        loosely = f", or `sysctl -w net.ipv4.conf.{device}.rp_filter=2`" if mode == "1" else ""
+        return why, f"mend the route (`ip route get {source}`){loosely}"
 
     def route_localnet(self, fate: Fate) -> tuple[str, str]:
         device = fate.words["device"]
@@ -200,10 +215,6 @@ class _Words:
         if self._judgement.declared is None and not self._packet.source.address.is_loopback:
             return why, ""
         return why, "`systemctl restart ctrport` switches it on, with its guard in raw"
-
-    def martian(self, fate: Fate) -> tuple[str, str]:
-        source = fate.case.packet.source.address
-        return f"{source} is an address of the node itself, and no packet from it is taken from elsewhere", ""
 
     def hairpin(self, fate: Fate) -> tuple[str, str]:
         port = fate.words["port"]
@@ -235,7 +246,8 @@ class _Words:
     def not_active(self, fate: Fate) -> tuple[str, str]:
         declared = self._judgement.declared
         assert declared is not None
-        return f"{declared} is {declared.state}: {declared.reason}", _mend_of(declared.reason)
+        state = "in conflict" if declared.state == "conflict" else declared.state
+        return f"{declared} is {state}: {declared.reason}", _mend_of(declared.reason)
 
     def sources(self, fate: Fate) -> tuple[str, str]:
         what = f"{self._packet.source.address} is not among the `sources` of {self._declared()}"
@@ -277,7 +289,8 @@ class _Words:
 
     def taken(self, fate: Fate) -> tuple[str, str]:
         declared = self._judgement.declared
-        state = f" ({declared.state}: {declared.reason})" if declared is not None and declared.reason else ""
+        told = declared is not None and declared.state not in ("active", "conflict")
+        state = f" ({declared.state}: {declared.reason})" if declared is not None and told else ""
         what = f"{self._taker(fate)} has port {self._port}, and {self._declared()} does not get it{state}"
         return what, "give one of them another port, or take the other away"
 
@@ -344,7 +357,6 @@ _SAID: dict[Cause, Callable[[_Words, Fate], tuple[str, str]]] = {
     Cause.FORWARDING: _Words.forwarding,
     Cause.RP_FILTER: _Words.rp_filter,
     Cause.ROUTE_LOCALNET: _Words.route_localnet,
-    Cause.MARTIAN: _Words.martian,
     Cause.HAIRPIN: _Words.hairpin,
     Cause.NOBODY: _Words.nobody,
     Cause.NOT_INSTALLED: _Words.not_installed,
@@ -369,6 +381,14 @@ _SAID: dict[Cause, Callable[[_Words, Fate], tuple[str, str]]] = {
     Cause.PAST_NODE: _Words.past_node,
     Cause.ANSWER_DROPPED: _Words.answer_dropped,
     Cause.LATER_DROPPED: _Words.answer_dropped,
+}
+
+#: What the kernel means by the errors by which it does not route.
+_NO_ROUTES = {
+    "ENETUNREACH": "it has no route",
+    "EHOSTUNREACH": "its route says unreachable",
+    "EACCES": "its route says prohibited",
+    "EINVAL": "it refuses them, as for a route that is a blackhole",
 }
 
 #: What to do about a publication that is not active, by how its reason begins.

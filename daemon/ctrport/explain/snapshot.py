@@ -10,10 +10,11 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from .. import conntrack, hairpin, ports, status
+from ..config import Config
 from ..containerd import Containerd, ContainerdError, Listed
 from ..endpoints import Endpoints, Gone
 from ..listeners import entries, holder
-from ..model import Address, ContainerKey, Endpoint, Family, PortRange, Protocol
+from ..model import Access, Address, ContainerKey, Endpoint, Family, PortRange, Protocol
 from ..netlink import KINDS, Netlink
 from ..node import CILIUM, CILIUM_DEVICE
 from ..report import NOT_INSTALLED
@@ -64,7 +65,7 @@ class Snapshot:
     async def __aexit__(self, *exception: object) -> None:
         await self._opened.aclose()
 
-    async def facts(self, asked: Asked, current: status.Status | None, chain: str, localhost: bool) -> Facts:
+    async def facts(self, asked: Asked, current: status.Status | None, config: Config) -> Facts:
         """Return what counts for every packet to that port. ``current`` is what is published, None if not known."""
         names = self._netlink.links()
         addresses = tuple((_name(names, index), its) for index, its in self._netlink.interfaces())
@@ -81,9 +82,9 @@ class Snapshot:
             rules=rules,
             locals=tuple(local),
             addresses=addresses,
-            declared=tuple(_declared(current)),
-            chain=chain,
-            localhost=localhost,
+            declared=tuple(_declared(current, config)),
+            chain=config.firewall.chain,
+            localhost=config.firewall.localhost,
             keepers=tuple(_keepers(current)),
             bridges=frozenset(name for name, kind in names.values() if kind == "bridge") - {self._outward()},
             flows=flows,
@@ -171,7 +172,8 @@ def _setting(path: str) -> str | None:
         return None
 
 
-def _declared(current: status.Status | None) -> Iterable[Declared]:
+def _declared(current: status.Status | None, config: Config) -> Iterable[Declared]:
+    access = {declaration.source: declaration.access for declaration in config.publish}
     for each in current.publications if current is not None else ():
         try:
             mapping = ports.parse(each.mapping)
@@ -181,7 +183,8 @@ def _declared(current: status.Status | None) -> Iterable[Declared]:
         key = ContainerKey(each.namespace, each.container) if each.container else None
         families = frozenset(Family.of(ip_address(address)) for address in each.addresses) or frozenset(Family)
         missing = each.reason == NOT_INSTALLED
-        yield Declared(each.name, key, mapping, bound, each.state, each.reason, missing, families)
+        its = access.get(each.source, Access())
+        yield Declared(each.name, key, mapping, bound, each.state, each.reason, missing, families, its)
 
 
 def _keepers(current: status.Status | None) -> Iterable[tuple[Protocol, str]]:

@@ -255,7 +255,9 @@ class _Hook:
         packet = case.packet
         if isinstance(action, Redirect):
             own = self._facts.address_of(packet.in_device or "lo", packet.family)
-            places: list[To | None] = [To((own, own), action.ports) if own is not None else None]
+            if own is None:
+                return [self._decided(_doubted(case, at, True), Verdict("untold", at), hooked)]
+            places: list[To | None] = [To((own, own), action.ports)]
         elif action.map is None:
             places = [action.to]
         else:

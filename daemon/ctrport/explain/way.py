@@ -108,8 +108,6 @@ class Way:
                 return Cause.ROUTE_LOCALNET, {"device": by}
         if device is None:
             return Cause.NO_ROUTE, words
-        if self.facts.is_own(source):
-            return Cause.MARTIAN, {"device": device}
         mode, back = self.rp_filter(device), self.facts.route(RouteTo(source))
         by = back.device if isinstance(back, Route) and back.kind == "unicast" else ""
         if mode and (not by or (mode == 1 and by != device)):

@@ -81,6 +81,11 @@ def _service(at: At) -> str | None:
     return found[1] if found else None
 
 
+def is_ours(at: At) -> bool:
+    """Whether ctrport put something there: a rule with its comment, or whatever is in its own nft tables."""
+    return (at.rule is not None and at.rule.tag is not None) or (at.table.kept_by == NFT and at.table.name == CTRPORT)
+
+
 def place_of(at: At) -> str:
     """Return where something is: a chain of a table."""
     if at.table.kept_by == NFT:
