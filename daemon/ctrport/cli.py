@@ -19,7 +19,7 @@ import click
 from . import __version__, status
 from . import ps as ps_
 from .lines import Failure
-from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, rows
+from .terminal import BAD_USAGE, FAILED, TO_CHANGE, complain, fail, one_line, rows, way
 
 if TYPE_CHECKING:
     from .config import Config
@@ -316,6 +316,39 @@ def unpublish(name: str, mappings: tuple[str, ...], path: str, directory: Path, 
 
 
 @cli.command()
+@click.argument("port", metavar="[ADDRESS:]PORT[/PROTOCOL]")
+@click.option("--from", "source", metavar="ADDRESS", help="Who sends the packet; a client on the LAN if not said.")
+@_config_option
+@_directory_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for programs.")
+def explain(port: str, source: str | None, path: str, directory: Path, as_json: bool) -> None:
+    """Show what a packet to a port of this node meets, and why it is answered or not; send and change nothing.
+
+    Exits 0 where it works, 1 where it does not, or cannot be told.
+    """
+    from .explain.answer import explain as explained
+    from .explain.fate import Outcome
+    from .explain.question import QuestionError, read
+
+    try:
+        asked = read(port, source)
+        config = _load(path)
+        _as_root("explain")
+        current, remark = _published(config, directory)
+        explanation = _await(explained(asked, current, config))
+    except QuestionError as error:
+        fail(str(error), BAD_USAGE)
+    if remark:
+        complain(remark)
+    if as_json:
+        click.echo(explanation.to_json())
+    else:
+        way(explanation)
+    if explanation.outcome is not Outcome.WORKS:
+        raise SystemExit(FAILED)
+
+
+@cli.command()
 @_directory_option
 @click.option("--force", is_flag=True, help="Even while the daemon runs, which puts its rules back unless it hangs.")
 def clean(directory: Path, force: bool) -> None:
@@ -373,6 +406,19 @@ def _end(outcome: Outcome) -> None:
         complain(f"ctrport: {problem}")
     if outcome.problems:
         raise SystemExit(FAILED)
+
+
+def _published(config: Config, directory: Path) -> tuple[status.Status | None, str]:
+    """Return what is published as far as that is known, and what there is to say of it."""
+    from . import seen
+
+    current = status.read(directory) if status.is_running(directory) else None
+    if current is not None and current.running:
+        return current, ""
+    try:
+        return seen.without_daemon(config, directory), "the daemon is down"
+    except Failure as error:
+        return None, f"the daemon is down, and what it would publish is not known: {error}"
 
 
 async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:

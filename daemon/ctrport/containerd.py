@@ -123,6 +123,7 @@ class Listed:
     live: Live | None = None
     runs: bool = True
     cgroup: str = ""
+    paused: bool = False
 
 
 class Containerd:

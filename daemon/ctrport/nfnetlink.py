@@ -10,6 +10,7 @@ Numbers are those of linux/netfilter/nf_tables.h and linux/netfilter/nfnetlink.h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import re
@@ -37,6 +38,7 @@ _GETTABLE, _GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = ((10 << 8) | number for num
 _NEWGEN, _GETGEN = (10 << 8) | 15, (10 << 8) | 16
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _BATCH = struct.pack(">BBH", 0, 0, 10)  # what is said in it is for nf_tables
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_*, linux/netfilter.h
 _TRIES = 5
 
 # A match called comment holds 256 bytes, so its attribute (NFTA_MATCH_INFO) has 260. Searched for rather than taken
@@ -72,6 +74,15 @@ class NfTables(Conversation):
 
     def __init__(self) -> None:
         super().__init__(_NETFILTER)
+
+    def tables(self) -> list[tuple[str, str]]:
+        """Return the family, in nft's word, and the name of every table."""
+        found: list[tuple[str, str]] = []
+        with contextlib.suppress(Interrupted):
+            for message in self.dump(_GETTABLE, struct.pack("=BBH", 0, 0, 0)):
+                family = _FAMILIES.get(message[0], str(message[0]))
+                found.append((family, text(read_attributes(message[4:]).get(1, b""))))
+        return found
 
     def rules(self, family: int, table: str, chain: str) -> list[bytes] | None:
         """Return the rules of a chain in their order, for the functions below; None where there is no such chain.

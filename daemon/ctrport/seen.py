@@ -62,7 +62,7 @@ def look(directory: Path, load: Callable[[], Config], chosen: ps.Filter) -> Seen
         absent = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
         if os.geteuid() != 0:
             raise Failure("ctrport ps, while no daemon answers, needs root: it works with the kernel's tables")
-        seen = _without_daemon(load(), directory)
+        seen = without_daemon(load(), directory)
         return Seen(chosen.of(seen), chosen, absent, notes=[f"{absent}; this is what can be seen without it"])
     silent, notes = status.silent_for(directory), list[str]()
     if silent > ps.HANGS:
@@ -90,7 +90,8 @@ def _compared(current: Status, directory: Path) -> tuple[Status, str]:
         return replace(current, kernel=f"not asked: {error}"), str(error)
 
 
-def _without_daemon(config: Config, directory: Path) -> Status:
+def without_daemon(config: Config, directory: Path) -> Status:
+    """Return what would be published, and what of it the kernel holds. Raises ``Failure``."""
     import asyncio
 
     from .firewall.backends import firewalls

@@ -201,12 +201,7 @@ class Survey:
 
     def container_of(self, cgroup: str) -> str | None:
         """Return the container whose process has this in its /proc/PID/cgroup, among those that run."""
-        parts = {part.removesuffix(".scope") for line in cgroup.splitlines() for part in line.split("/")[1:]}
-        # A cgroup may be called PREFIX-ID, and either may have hyphens: the longest id is the one. ctr puts it below
-        # one with the name of the namespace.
-        found = [k for k in self._pods.running if any(part == k.id or part.endswith(f"-{k.id}") for part in parts)]
-        key = max(found, key=lambda key: (len(key.id), key.namespace in parts), default=None)
-        return None if key is None else str(key)
+        return container_of(cgroup, self._pods.running)
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet and may get one without any event."""
@@ -301,6 +296,16 @@ async def _abreast(looks: Iterable[Coroutine[None, None, T]]) -> list[T | BaseEx
             return await look
 
     return await asyncio.gather(*map(one, looks), return_exceptions=True)
+
+
+def container_of(cgroup: str, running: Iterable[ContainerKey]) -> str | None:
+    """Return which of those that run has a process with this in its /proc/PID/cgroup."""
+    parts = {part.removesuffix(".scope") for line in cgroup.splitlines() for part in line.split("/")[1:]}
+    # A cgroup may be called PREFIX-ID, and either may have hyphens: the longest id is the one. ctr puts it below
+    # one with the name of the namespace.
+    found = [k for k in running if any(part == k.id or part.endswith(f"-{k.id}") for part in parts)]
+    key = max(found, key=lambda key: (len(key.id), key.namespace in parts), default=None)
+    return None if key is None else str(key)
 
 
 def _may_heal(candidate: Candidate) -> bool:

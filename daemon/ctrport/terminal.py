@@ -9,18 +9,23 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from . import ps, status
 from .lines import one_line as one_line
 
+if TYPE_CHECKING:
+    from .explain.answer import Explanation
+
 FAILED, BAD_USAGE, TO_CHANGE = 1, 2, 3
 
 #: Columns of a terminal that a reason is not folded into less than, and by how many it is indented below its row.
 ROOM, INDENT = 40, 4
 
+#: What a rule does to a packet.
+_FATES = {"drop": "red", "reject": "red", "untold": "yellow", "dnat": "cyan", "snat": "cyan", "accept": "green"}
 _COLOURS = {
     "active": "green",
     "waiting": "yellow",
@@ -67,6 +72,22 @@ def _drawn(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
         yield from _folded(lines, shutil.get_terminal_size().columns)
     else:
         yield from ("  ".join(cells).rstrip() for cells in _aligned(lines))
+
+
+def way(explanation: Explanation) -> None:
+    """Print the way of a packet, a line a step, and what became of it; in colour on a terminal."""
+    cells = [(one_line(step.where), one_line(step.what), one_line(step.whose)) for step in explanation.steps]
+    where, what, whose = (max(map(len, column), default=0) for column in zip(*cells, strict=True))
+    if sys.stdout.isatty():
+        what = min(what, max(shutil.get_terminal_size().columns - where - whose - 4, ROOM))
+    for step, row in zip(explanation.steps, cells, strict=True):
+        colour = _FATES.get(step.does) if step.whose else None
+        first, *more = textwrap.wrap(row[1], what) or [""]
+        click.echo(f"{row[0].ljust(where)}  {click.style(first.ljust(what), fg=colour)}  {row[2]}".rstrip())
+        for part in more:
+            click.echo(" " * (where + 2) + click.style(part, fg=colour))
+    colour = {"works": "green", "fails": "red", "unknown": "yellow"}[explanation.outcome.value]
+    click.echo(click.style(one_line(explanation.sentence), fg=colour))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[list[str]]:

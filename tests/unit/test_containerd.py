@@ -310,7 +310,7 @@ async def test_a_container_that_cannot_be_decoded_does_not_hide_the_others(tmp_p
         listed = await there.containers("default")
     assert listed == [
         Listed(ContainerKey("default", "hung"), None, {"name": "hung"}),
-        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}),
+        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}, paused=True),
         Listed(WEB, 7, {"name": "web"}),
     ]
 

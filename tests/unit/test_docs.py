@@ -75,6 +75,10 @@ def test_the_check_of_commands_sees_what_is_wrong() -> None:
     calls = command_lines("ctrport publish web 8080:80 53:53/udp --json\nctrport unpublish web\n", "ctrport")
     assert [wrong(call) for call in calls] == [None, None]
     calls = command_lines(
+        "ctrport explain 80\nctrport explain 80 81\nctrport ps a\nctrport explain --to a\n", "ctrport"
+    )
+    assert [wrong(call) is not None for call in calls] == [False, True, True, True]
+    calls = command_lines(
         "ctrport check && systemctl x  # y\na && ctrport ps --json | jq\nctrport run --config F", "ctrport"
     )
     assert [wrong(call) for call in calls] == [None, None, None]
