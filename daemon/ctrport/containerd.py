@@ -464,7 +464,8 @@ def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:
     """Return what is stored of a container with what is said of its task, if it has one."""
     unknown = process is not None and process.status == task_pb2.UNKNOWN
     runs = unknown or (process is not None and process.status in _RUNNING)
-    return replace(stored, pid=process.pid if process is not None and runs and not unknown else None, runs=runs)
+    pid = process.pid if process is not None and runs and not unknown else None
+    return replace(stored, pid=pid, runs=runs, paused=process is not None and process.status == task_pb2.PAUSED)
 
 
 def _live(container: containers_pb2.Container) -> Live | None:
