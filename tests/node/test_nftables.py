@@ -11,7 +11,7 @@ import pytest
 
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, Server, TimedOut, eventually, probe_tcp
-from tests.node.daemon import Ctrport, wait_closed, wait_open
+from tests.node.daemon import ROOT, Ctrport, wait_closed, wait_open
 
 PUBLISH = """
 firewall: {backend: nftables}
@@ -394,6 +394,20 @@ def test_a_table_of_others_that_drops_is_warned_of(world: World) -> None:
     eventually(lambda: world.warnings == [], what="the warning being over")
     world.open()
     world.nft("delete table inet other")
+
+
+def test_a_chain_of_the_operators_keeps_clients_out_as_documented(world: World) -> None:
+    document = (ROOT / "docs" / "operating.md").read_text()
+    example = document.partition("**Your own chain**")[2].partition("```sh\n")[2].partition("```")[0]
+    here = example.replace("192.0.2.7", world.node.address).replace("198.51.100.0/24", "203.0.113.0/24")
+    world.node.script(here)
+    try:
+        assert isinstance(probe_tcp(world.node.client, world.node.address, 8080, timeout=0.3), TimedOut)
+        assert isinstance(probe_tcp(world.node.client, world.node.address, 9000), Reply)
+        assert isinstance(probe_tcp(world.node, world.node.address, 8080), Reply)
+    finally:
+        world.nft("delete table ip mine")
+    world.open()
 
 
 @pytest.mark.parametrize(
