@@ -103,8 +103,7 @@ def ps(path: str, directory: Path, as_json: bool) -> None:
     if current is None or not current.running:
         _as_root("ps, while no daemon answers,")
         current = _await(_without_daemon(_load(path), directory))
-        what = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
-        click.echo(f"{what}; this is what can be seen without it", err=True)
+        click.echo(f"{_absence(running)}; this is what can be seen without it", err=True)
     if as_json:
         click.echo(current.to_json())
     else:
@@ -188,13 +187,19 @@ def version(as_json: bool) -> None:
 
 def _published(config: Config, directory: Path) -> tuple[status.Status | None, str]:
     """Return what is published as far as that is known, and what there is to say of it."""
-    current = status.read(directory) if status.is_running(directory) else None
+    running = status.is_running(directory)
+    current = status.read(directory) if running else None
     if current is not None and current.running:
         return current, ""
     try:
-        return asyncio.run(_without_daemon(config, directory)), "the daemon is down"
+        return asyncio.run(_without_daemon(config, directory)), _absence(running)
     except (FirewallError, ContainerdError) as error:
-        return None, f"the daemon is down, and what it would publish is not known: {error}"
+        return None, f"{_absence(running)}, and what is to be published is not known: {error}"
+
+
+def _absence(running: bool) -> str:
+    """Say why there is no word of the daemon's."""
+    return "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
 
 
 async def _without_daemon(config: Config, directory: Path) -> status.Status:

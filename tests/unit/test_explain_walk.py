@@ -397,6 +397,13 @@ CASES: dict[str, Case] = {
             routed(to("127.0.0.1", WEB, "docker0"), NoRoute(errno.EINVAL)),
         ),
     ),
+    "route-localnet-off-for-others": Case(
+        "fails",
+        Cause.ROUTE_LOCALNET,
+        ("127.0.0.1:22", CLIENT),
+        "",
+        change=routed(to("127.0.0.1", CLIENT, "eth0"), NoRoute(errno.EINVAL)),
+    ),
     "hairpin-off": Case(
         "fails",
         Cause.HAIRPIN,

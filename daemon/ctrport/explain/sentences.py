@@ -211,9 +211,9 @@ class _Words:
 
     def route_localnet(self, fate: Fate) -> tuple[str, str]:
         device = fate.words["device"]
+        if not self._packet.source.address.is_loopback:
+            return f"what comes in by {device} does not get to 127.0.0.0/8, which is the node's own", ""
         why = f"net.ipv4.conf.{device}.route_localnet is 0, so that nothing leaves 127.0.0.1 by {device}"
-        if self._judgement.declared is None and not self._packet.source.address.is_loopback:
-            return why, ""
         return why, "`systemctl restart ctrport` switches it on, with its guard in raw"
 
     def hairpin(self, fate: Fate) -> tuple[str, str]:
