@@ -283,6 +283,11 @@ CASES: dict[str, Case] = {
         Cause.DROPPED,
         text="".join(line for line in OURS.splitlines(True) if not line.endswith("-j DOCKER-FORWARD\n")),
     ),
+    "dropped-as-our-rule-is-gone": Case(
+        "fails",
+        Cause.DROPPED,
+        text="".join(line for line in OURS.splitlines(True) if "-d 172.17.0.2/32 -p tcp" not in line),
+    ),
     "dropped-by-a-policy-of-theirs": Case("fails", Cause.DROPPED, (f"{WEB}:81",)),
     "dropped-in-legacy-tables": Case("fails", Cause.DROPPED, legacy=LEGACY_DROP),
     "dropped-by-another-table": Case("fails", Cause.DROPPED, nft=nft("forward", policy="drop")),
