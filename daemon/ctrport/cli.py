@@ -412,13 +412,14 @@ def _published(config: Config, directory: Path) -> tuple[status.Status | None, s
     """Return what is published as far as that is known, and what there is to say of it."""
     from . import seen
 
-    current = status.read(directory) if status.is_running(directory) else None
+    running = status.is_running(directory)
+    current = status.read(directory) if running else None
     if current is not None and current.running:
         return current, ""
     try:
-        return seen.without_daemon(config, directory), "the daemon is down"
+        return seen.without_daemon(config, directory), seen.absence(running)
     except Failure as error:
-        return None, f"the daemon is down, and what it would publish is not known: {error}"
+        return None, f"{seen.absence(running)}, and what is to be published is not known: {error}"
 
 
 async def _firewalls(config: Config, layout: Layout) -> dict[Family, Firewall]:

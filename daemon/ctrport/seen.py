@@ -59,7 +59,7 @@ def look(directory: Path, load: Callable[[], Config], chosen: ps.Filter) -> Seen
     running = status.is_running(directory)
     current = status.read(directory) if running else None
     if current is None or not current.running:
-        absent = "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
+        absent = absence(running)
         if os.geteuid() != 0:
             raise Failure("ctrport ps, while no daemon answers, needs root: it works with the kernel's tables")
         seen = without_daemon(load(), directory)
@@ -71,6 +71,11 @@ def look(directory: Path, load: Callable[[], Config], chosen: ps.Filter) -> Seen
     if current.kernel.startswith("not asked"):
         notes.append(f"the kernel was {current.kernel}; this is the daemon's word")
     return Seen(chosen.of(current), chosen, "", silent, trouble, notes)
+
+
+def absence(running: bool) -> str:
+    """Say why there is no word of the daemon's."""
+    return "the daemon is just starting, or cannot write its status" if running else "the daemon is down"
 
 
 def _compared(current: Status, directory: Path) -> tuple[Status, str]:

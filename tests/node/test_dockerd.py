@@ -118,6 +118,8 @@ def beside(request: pytest.FixtureRequest) -> Iterator[Beside]:
 
 def test_both_publish(beside: Beside) -> None:
     beside.assert_both_answer()
+    said = beside.ctrport.run("explain", str(OURS), "--config", str(beside.ctrport.config)).stdout.splitlines()[-1]
+    assert said.endswith(" reaches 172.30.0.2:80 in container default/web")
 
 
 def test_a_port_that_dockerd_has_is_in_conflict_and_stays_dockerds(beside: Beside) -> None:
@@ -126,6 +128,12 @@ def test_a_port_that_dockerd_has_is_in_conflict_and_stays_dockerds(beside: Besid
         said = beside.ctrport.wait_for(f"{TAKEN}:80/tcp", "conflict")["reason"]
         assert said == f"host port {TAKEN}/tcp is held by DOCKER"
         beside.assert_both_answer()
+        ended = beside.ctrport.run("explain", str(TAKEN), "--config", str(beside.ctrport.config), check=False)
+        assert ended.returncode == 1
+        assert ended.stdout.splitlines()[-1] == (
+            f"does not work, because dockerd has port {TAKEN}/tcp, and default/late {TAKEN}:80/tcp does not get it: "
+            "give one of them another port, or take the other away"
+        )
     finally:
         beside.node.delete(late)
 

@@ -170,6 +170,29 @@ def test_a_mapping_that_is_none_is_bad_usage_whatever_else_is_wrong(ctrport: Run
     assert ended == Ended(1, "", f"ctrport: {said}\n")
 
 
+# explain
+
+
+@pytest.mark.parametrize("port", ["http", "0", "8080/icmp", "::1:80", "8080:80"])
+def test_explain_says_what_cannot_be_asked(ctrport: Run, nobody: None, port: str) -> None:
+    ended = ctrport("explain", port)
+    assert (ended.status, ended.out) == (2, "")
+    [line] = ended.err.splitlines()
+    assert line.startswith(f"ctrport: '{port}' ")
+    assert "; expected " in line
+
+
+def test_explain_says_that_it_needs_root_when_it_has_understood(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    ended = ctrport("explain", "8080", "--config", written(tmp_path, GOOD))
+    assert ended == Ended(1, "", "ctrport: ctrport explain needs root: it works with the kernel's tables\n")
+
+
+def test_explain_tells_the_problems_of_a_configuration(ctrport: Run, tmp_path: Path, nobody: None) -> None:
+    ended = ctrport("explain", "8080", "--config", written(tmp_path, "publish: 1\n"))
+    assert (ended.status, ended.out) == (2, "")
+    assert "`publish` is '1'; expected " in ended.err
+
+
 # check
 
 

@@ -283,6 +283,11 @@ CASES: dict[str, Case] = {
         Cause.DROPPED,
         text="".join(line for line in OURS.splitlines(True) if not line.endswith("-j DOCKER-FORWARD\n")),
     ),
+    "dropped-as-our-rule-is-gone": Case(
+        "fails",
+        Cause.DROPPED,
+        text="".join(line for line in OURS.splitlines(True) if "-d 172.17.0.2/32 -p tcp" not in line),
+    ),
     "dropped-by-a-policy-of-theirs": Case("fails", Cause.DROPPED, (f"{WEB}:81",)),
     "dropped-in-legacy-tables": Case("fails", Cause.DROPPED, legacy=LEGACY_DROP),
     "dropped-by-another-table": Case("fails", Cause.DROPPED, nft=nft("forward", policy="drop")),
@@ -396,6 +401,13 @@ CASES: dict[str, Case] = {
             routed(to(WEB, "127.0.0.1"), Route("unicast", "docker0")),
             routed(to("127.0.0.1", WEB, "docker0"), NoRoute(errno.EINVAL)),
         ),
+    ),
+    "route-localnet-off-for-others": Case(
+        "fails",
+        Cause.ROUTE_LOCALNET,
+        ("127.0.0.1:22", CLIENT),
+        "",
+        change=routed(to("127.0.0.1", CLIENT, "eth0"), NoRoute(errno.EINVAL)),
     ),
     "hairpin-off": Case(
         "fails",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..firewall.text import owner
 from ..rules import USER_CHAIN
-from .cases import At, Doubt
+from .cases import At, Doubt, Passed
 from .facts import Facts
 from .fate import Cause, Fate, Outcome
 from .judgement import Judgement, translator
@@ -135,36 +135,39 @@ class _Words:
 
     def dropped(self, fate: Fate) -> tuple[str, str]:
         done = "rejects" if fate.cause is Cause.REJECTED else "drops"
-        return f"{self._rule(fate.at)} {done} it{self._lost_jump(fate)}", self._way_past(fate.at)
+        return f"{self._rule(fate.at)} {done} it{self._lost(fate)}", self._way_past(fate.at)
 
     def answer_dropped(self, fate: Fate) -> tuple[str, str]:
         what = "the answer" if fate.cause is Cause.ANSWER_DROPPED else "what comes behind the first packet"
-        return f"{self._rule(fate.at)} stops {what}{self._lost_jump(fate)}", self._way_past(fate.at)
+        return f"{self._rule(fate.at)} stops {what}{self._lost(fate)}", self._way_past(fate.at)
 
     def isolated(self, fate: Fate) -> tuple[str, str]:
         place = self._packet.destination
         why = f"{place.address} is on one of ctrport's `networks`, which let in what is published and nothing else"
         return why, f"publish the port, and use an address of the node ({self._rule(fate.at)} drops it)"
 
-    def _lost_jump(self, fate: Fate) -> str:
-        """Say it where a chain drops what ctrport would have let in, if it were asked."""
-        chain = fate.at.chain if fate.at is not None else None
-        if fate.at is None or chain is None or chain.name != "FORWARD" or fate.at.table.kept_by == NFT:
+    def _lost(self, fate: Fate) -> str:
+        """Say it where FORWARD stops what ctrport has sent on, and would have let in if all of its rules were there."""
+        at, sender = fate.at, translator(fate)
+        if at is None or sender is None or at.chain.name != "FORWARD" or at.table.kept_by == NFT:
             return ""
-        sender = translator(fate)
-        if sender is None or not is_ours(sender):
+        if not is_ours(sender) or sender.table.kept_by != at.table.kept_by:
             return ""
-        jumps = [rule for rule in chain.rules if rule.tag is not None and owner(rule.tag) == "jump"]
         forward = f"{self._facts.chain}-FORWARD"
-        if sender.table.kept_by == fate.at.table.kept_by and not any(f"-j {forward}" in rule.text for rule in jumps):
+        jumps = [rule for rule in at.chain.rules if rule.tag is not None and owner(rule.tag) == "jump"]
+        if not any(rule.text.endswith(f"-j {forward}") for rule in jumps):
             return f", and ctrport's jump to {forward} is not in there"
+        turn = fate.case.packet.flow.turn
+        passed = (each for each in fate.case.trail if isinstance(each, Passed) and each.packet.flow.turn is turn)
+        if any(each.into == forward for each in passed):
+            return ", and ctrport's rule that would let it in is not there"
         return ""
 
     def _way_past(self, at: At | None) -> str:
         """Return what to do about a rule that stops it."""
         if at is None:
             return ""
-        if self._lost_jump(self._judgement.fate):
+        if self._lost(self._judgement.fate):
             return "systemctl restart ctrport"
         if at.table.kept_by == NFT:
             table = f"{at.table.family} {at.table.name} {at.chain.name}"
@@ -211,9 +214,9 @@ class _Words:
 
     def route_localnet(self, fate: Fate) -> tuple[str, str]:
         device = fate.words["device"]
+        if not self._packet.source.address.is_loopback:
+            return f"what comes in by {device} does not get to 127.0.0.0/8, which is the node's own", ""
         why = f"net.ipv4.conf.{device}.route_localnet is 0, so that nothing leaves 127.0.0.1 by {device}"
-        if self._judgement.declared is None and not self._packet.source.address.is_loopback:
-            return why, ""
         return why, "`systemctl restart ctrport` switches it on, with its guard in raw"
 
     def hairpin(self, fate: Fate) -> tuple[str, str]:
