@@ -278,7 +278,9 @@ class Reconciler:
                 await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
-                await asyncio.sleep(self._pace.wait(time.monotonic()))
+                pause = self._pace.wait(time.monotonic())
+                if pause:
+                    await asyncio.sleep(pause)
                 with self._turn():
                     await self._look()
             elif time.monotonic() >= next_tick:
