@@ -32,7 +32,7 @@ from .publish import Change
 from .status import Status, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
-from .taskevents import CREATED, TaskEvent
+from .taskevents import AHEAD, TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -234,6 +234,7 @@ class Reconciler:
             async for writer in alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
                 self._others_wrote = True
+                self._survey.prepare()  # it may have been a network that was made for a container
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
@@ -246,7 +247,7 @@ class Reconciler:
                     continue
                 self._events += 1
                 self._survey.expect(event)
-                if event.topic != CREATED:
+                if event.topic not in AHEAD:
                     first = self._dirty.get(event.key)
                     at = time.monotonic() if first is None else first.at
                     self._dirty[event.key] = _Seen(at, event.pid)
@@ -322,7 +323,8 @@ class Reconciler:
         """Return when the kernel is to be read: for what others wrote, or as writing failed."""
         if not self._dataplane.in_line:
             return self._retry_at
-        due = self._suspicion.due()
+        # Just before a container starts, its network is made, and with that rules: its port is not to wait for a look.
+        due = self._suspicion.due(busy=self._survey.start_is_near)
         return math.inf if due is None else due
 
     async def _tick(self, everything: bool) -> None:
