@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__, configfiles, status, systemd
+from . import __version__, configfiles, scheduling, status, systemd
 from .config import Config, ConfigError
 from .containerd import Containerd
 from .dataplane import Dataplane, remove_everything
@@ -71,6 +71,7 @@ async def run(config: Config, path: str, directory: Path) -> None:
     ``directory`` is the run directory, whose lock the caller holds.
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
+    scheduling.ask_for_short_turns()  # before anything has threads
     log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
     kept = systemd.received()
     store = systemd.FileStore(systemd.manager(), inheritable_sockets())
