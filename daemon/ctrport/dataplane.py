@@ -395,8 +395,10 @@ class Dataplane:
 
     def _take_in(self, changes: Sequence[Change], node: NodeFacts) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
-        old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
-        self._node = node
+        old, new = list[Rule](), list[Rule]()
+        if node is not self._node:
+            old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
+            self._node = node
         for change in changes:
             before = change.before
             if before is not None and before.attachments:

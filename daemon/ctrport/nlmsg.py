@@ -18,6 +18,7 @@ REQUEST, ACK, DUMP = 1, 4, 0x300
 EXCLUSIVE, CREATE, APPEND = 0x200, 0x400, 0x800
 _DUMP_INTERRUPTED = 0x10
 NESTED = 0x8000
+_ATTRIBUTE = struct.Struct("=HH")  # length, kind
 _HEADER = struct.Struct("=IHHII")  # length, kind, flags, the question's number, who it is for
 
 
@@ -160,17 +161,27 @@ def _padded(value: bytes) -> bytes:
 
 def each_attribute(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the kind and the value of each attribute."""
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("=HH", data)
+    at, end = 0, len(data)
+    while end - at >= 4:
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < 4:
             break
-        yield kind & 0x3FFF, data[4:length]  # without the flags NLA_F_NESTED and NLA_F_NET_BYTEORDER
-        data = data[(length + 3) & ~3 :]
+        yield kind & 0x3FFF, data[at + 4 : at + length]  # without the flags NLA_F_NESTED and NLA_F_NET_BYTEORDER
+        at += (length + 3) & ~3
 
 
 def read_attributes(data: bytes) -> dict[int, bytes]:
     """Return the value of each attribute by its kind; of several of one kind the last."""
-    return dict(each_attribute(data))
+    # As each_attribute() says, and here again: a device has forty, and three are looked at before a port is open.
+    found: dict[int, bytes] = {}
+    at, end, unpack = 0, len(data), _ATTRIBUTE.unpack_from
+    while end - at >= 4:
+        length, kind = unpack(data, at)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[at + 4 : at + length]
+        at += (length + 3) & ~3
+    return found
 
 
 def text(data: bytes) -> str:

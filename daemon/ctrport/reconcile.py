@@ -35,7 +35,7 @@ from .status import Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
-from .taskevents import CREATED, TOPICS, TaskEvent
+from .taskevents import AHEAD, TOPICS, TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -271,6 +271,7 @@ class Reconciler:
             async for writer in alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
                 self._others_wrote = True
+                self._survey.prepare()  # it may have been a network that was made for a container
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
@@ -284,7 +285,7 @@ class Reconciler:
                 self._events += 1
                 self._tally.events[event.topic] += 1
                 self._survey.expect(event)
-                if event.topic != CREATED:
+                if event.topic not in AHEAD:
                     first = self._dirty.get(event.key)
                     at = time.monotonic() if first is None else first.at
                     self._dirty[event.key] = _Seen(at, event.pid)
@@ -317,7 +318,9 @@ class Reconciler:
                     await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
-                await asyncio.sleep(self._pace.wait(time.monotonic()))
+                pause = self._pace.wait(time.monotonic())
+                if pause:
+                    await asyncio.sleep(pause)
                 with self._turn("event"):
                     await self._look()
             elif time.monotonic() >= next_tick:
@@ -360,7 +363,8 @@ class Reconciler:
         """Return when the kernel is to be read: for what others wrote, or as writing failed."""
         if not self._dataplane.in_line:
             return self._retry_at
-        due = self._suspicion.due()
+        # Just before a container starts, its network is made, and with that rules: its port is not to wait for a look.
+        due = self._suspicion.due(busy=self._survey.start_is_near)
         return math.inf if due is None else due
 
     async def _tick(self, everything: bool) -> None:

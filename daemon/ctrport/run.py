@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__, configfiles, neighbours, status, systemd
+from . import __version__, configfiles, neighbours, scheduling, status, systemd
 from .config import Config, ConfigError, Listen
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
@@ -81,6 +81,7 @@ async def run(config: Config, path: str, directory: Path, lock: status.Lock) -> 
     ``directory`` is the run directory, whose ``lock`` the caller holds. Raises ``Failed`` where it cannot begin or go
     on.
     """
+    scheduling.ask_for_short_turns()  # before anything has threads
     try:
         await _run(config, path, directory, lock)
     except (FirewallError, ContainerdError) as error:

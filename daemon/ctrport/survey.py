@@ -13,18 +13,17 @@ from dataclasses import replace
 from typing import TypeVar
 
 from . import endpoints, nftports, nodeports
-from .cgroups import is_in
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
 from .events import warn_once
-from .expected import Expected
+from .expected import Expected, running_as
 from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
 from .pods import Pods, Running
 from .publish import Publications, chosen
-from .taskevents import CREATED, DELETED, UPDATED, TaskEvent
+from .taskevents import TaskEvent
 
 T = TypeVar("T")
 
@@ -46,8 +45,9 @@ class Survey:
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
-        self._expected = Expected(containerd)
+        self._expected = Expected(containerd, finder)
         self._pods = Pods()
+        self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -123,12 +123,17 @@ class Survey:
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
 
     def expect(self, event: TaskEvent) -> None:
-        """Take in what an event says of what is stored of a container, which may be about to start."""
-        annotations = self._config.reads_annotations
-        if event.topic == CREATED or (event.topic == UPDATED and self._expected.forget(event.key)):
-            self._expected.expect(event.key, annotations=annotations)
-        elif event.topic == DELETED:
-            self._expected.forget(event.key)
+        """Take in what an event says of a container that is to start."""
+        self._expected.take(event, annotations=self._config.reads_annotations)
+
+    def prepare(self) -> None:
+        """Look where those are that are to start: a network may have been made for one."""
+        self._expected.prepare()
+
+    @property
+    def start_is_near(self) -> bool:
+        """Whether a container was made that may start any moment."""
+        return self._expected.soon()
 
     def foresee(self, seen: Mapping[ContainerKey, int | None]) -> set[ContainerKey]:
         """Take in what the kernel itself bears out of what events said, ahead of containerd's word; return of whom.
@@ -138,14 +143,17 @@ class Survey:
         """
         touched: set[ContainerKey] = set()
         foreseen: set[ContainerKey] = set()
+        self._ahead.clear()
         for key, pid in seen.items():
-            stored, process = self._expected.get(key), self._pods.process(key)
-            if pid is not None and stored is not None:
-                running = _running(replace(stored, pid=pid)) if _is_in(pid, stored.cgroup) else None
-                if running is not None:
-                    touched |= self._pods.see(running)
-                    foreseen.add(key)
-            elif process is not None and not _lives(*process):
+            found, process = self._expected.started(key, pid) if pid is not None else None, self._pods.process(key)
+            if found is not None:
+                running, endpoint = found
+                if endpoint is not None:
+                    self._ahead[running.pid, running.started] = endpoint
+                    self._early.add(key)
+                touched |= self._pods.see(running)
+                foreseen.add(key)
+            elif pid is None and process is not None and not _lives(*process):
                 touched |= self._pods.forget(key)
                 foreseen.add(key)
         self._judge(touched)
@@ -161,7 +169,8 @@ class Survey:
         keys, annotations = list(seen), self._config.reads_annotations
         asked = asyncio.ensure_future(
             _abreast(
-                self._containerd.container(key, annotations=annotations, stored=self._expected.get(key)) for key in keys
+                self._containerd.container(key, annotations=annotations, stored=self._expected.stored(key))
+                for key in keys
             )
         )
         for _ in range(STEPS_TO_ASK):
@@ -216,6 +225,7 @@ class Survey:
             running = None if listed is None else _running(listed)
             touched |= self._pods.forget(key) if running is None else self._pods.see(running)
         self._judge(touched)
+        self._early.clear()
 
     def _judge(self, keys: Iterable[ContainerKey]) -> None:
         """Tell the publications what is now known of what is published under ``keys``."""
@@ -238,7 +248,7 @@ class Survey:
         known = self.publications.candidate(container.key)
         if known is not None and isinstance(known.endpoint, Endpoint):
             process = (known.container.pid, known.container.started)
-            if process == (container.pid, container.started):
+            if process == (container.pid, container.started) and container.key not in self._early:
                 return known.endpoint  # the same process: its address does not change
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
 
@@ -262,20 +272,10 @@ def _running(listed: Listed) -> Running | None:
     """Return a container as its process shows it, None where the process is gone."""
     assert listed.pid is not None
     try:
-        return Running(
-            *(listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid)),
-            *(listed.labels, listed.annotation, listed.live),
-        )
+        return running_as(listed, endpoints.started(listed.pid))
     except Gone as gone:
         log.debug("container %s ended while it was being looked at: %s", listed.key, gone)
         return None
-
-
-def _is_in(pid: int, cgroup: str) -> bool:
-    try:
-        return is_in(cgroup, endpoints.read(f"/proc/{pid}/cgroup"))
-    except Gone:
-        return False
 
 
 def _lives(pid: int, started: int) -> bool:

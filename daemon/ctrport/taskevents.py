@@ -18,7 +18,8 @@ from .model import ContainerKey, is_identifier
 log = logging.getLogger(__name__)
 
 _Payload = (
-    payloads_pb2.TaskStart
+    payloads_pb2.TaskCreate
+    | payloads_pb2.TaskStart
     | payloads_pb2.TaskExit
     | payloads_pb2.TaskDelete
     | payloads_pb2.TaskPaused
@@ -28,10 +29,14 @@ _Payload = (
     | payloads_pb2.ContainerDelete
 )
 
-#: The topics of what is stored of a container. One that was just made has no task yet: it is not to be looked at.
+#: The topics of what is stored of a container, and of its task before it starts.
 CREATED, UPDATED, DELETED = "/containers/create", "/containers/update", "/containers/delete"
+TASK_CREATED = "/tasks/create"
+#: Those of what is not to be looked at yet: a container that was just made does not run.
+AHEAD = frozenset({CREATED, TASK_CREATED})
 
 _PAYLOADS: dict[str, type[_Payload]] = {
+    TASK_CREATED: payloads_pb2.TaskCreate,
     "/tasks/start": payloads_pb2.TaskStart,
     "/tasks/exit": payloads_pb2.TaskExit,
     "/tasks/delete": payloads_pb2.TaskDelete,
@@ -83,7 +88,7 @@ def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
             return None
     if not (checked(envelope.namespace, "namespace") and checked(container, "container id")):
         return None
-    pid = payload.pid if isinstance(payload, payloads_pb2.TaskStart) else 0
+    pid = payload.pid if isinstance(payload, (payloads_pb2.TaskCreate, payloads_pb2.TaskStart)) else 0
     return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic, pid or None)
 
 

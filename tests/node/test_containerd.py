@@ -83,7 +83,8 @@ def stopped(pids: list[int]) -> Iterator[None]:
 async def test_the_life_of_a_container_is_seen_event_by_event(node: Node) -> None:
     async with there(node) as containerd, containerd.events() as events:
         web = node.start("web", network=None, labels={"app": "web"})
-        assert await following(events, 2) == [("web", "/containers/create"), ("web", "/tasks/start")]
+        made = [("web", "/containers/create"), ("web", "/tasks/create")]
+        assert await following(events, 3) == [*made, ("web", "/tasks/start")]
         assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"})
         stored = await containerd.stored(key(web))
         assert stored.labels == {"app": "web"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 
 from ctrport import config, endpoints, nodeports, ports
 from ctrport.containerd import Listed
+from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
 from ctrport.model import Attachment, ContainerKey, Endpoint, Family, Holder
 from ctrport.survey import Survey
-from ctrport.taskevents import CREATED, DELETED, UPDATED, TaskEvent
 
 WEB = ContainerKey("default", "web")
 CONFIG = config.parse('publish: [{match: {container: web}, ports: ["8080:80"]}]', "config.yaml")
@@ -93,7 +94,9 @@ class Foreseen:
         self.survey = Survey(CONFIG, containerd, finder, {})
 
     def stored(self) -> None:
-        self.survey._expected._known[WEB] = Listed(WEB, None, cgroup="/default/web", runs=False)
+        stored = Listed(WEB, None, cgroup="/default/web", runs=False)
+        self.survey._expected._known[WEB] = _Known(stored)
+        self.survey._expected._made_at = time.monotonic()
 
     def addresses(self) -> list[str]:
         endpoints = (candidate.endpoint for candidate in self.survey.publications.candidates)
@@ -111,7 +114,7 @@ def test_what_the_kernel_bears_out_is_published_before_containerd_has_said_so(mo
     asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
     assert world.asked == [f"find {world.pid}", "ask containerd", "answer"]  # and is not looked for again
     assert world.addresses() == [address(world.pid)]
-    assert world.survey._expected.get(WEB) is None
+    assert world.survey._expected.stored(WEB) is None
 
 
 @pytest.mark.parametrize("cgroup", ["/default/other", "/default/web/below", "/"])
@@ -153,23 +156,24 @@ def test_a_container_whose_process_is_gone_is_withdrawn_before_containerd_has_sa
     assert world.addresses() == []
 
 
-def test_events_about_what_is_stored_make_it_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_before_the_start_is_looked_for_again_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Foreseen(monkeypatch)
-    asked: list[ContainerKey] = []
-    monkeypatch.setattr(world.survey._expected, "expect", lambda key, *, annotations: asked.append(key))
-    world.survey.expect(TaskEvent(WEB, UPDATED))
-    assert asked == []  # not one that is expected to start
-    world.survey.expect(TaskEvent(WEB, CREATED))
     world.stored()
-    world.survey.expect(TaskEvent(WEB, "/tasks/start", 1))
-    assert asked == [WEB]
-    assert world.survey._expected.get(WEB) is not None
-    world.survey.expect(TaskEvent(WEB, UPDATED))
-    assert asked == [WEB, WEB]
-    assert world.survey._expected.get(WEB) is None
-    world.stored()
-    world.survey.expect(TaskEvent(WEB, DELETED))
-    assert world.survey._expected.get(WEB) is None
+    known = world.survey._expected._known[WEB]
+    known.pid = world.pid
+    world.survey.prepare()
+    earlier = Endpoint((Attachment(ip_address("10.9.9.9"), "docker0", ip_network("10.9.9.9/32")),))
+    known.endpoint = earlier  # which it has left meanwhile
+    world.asked.clear()
+    assert world.survey.foresee({WEB: world.pid}) == {WEB}
+    assert (world.addresses(), world.asked) == (["10.9.9.9"], [])
+    asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
+    assert (world.addresses(), world.asked) == (
+        [address(world.pid)],
+        ["ask containerd", "answer", f"find {world.pid}"],
+    )
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.asked[3:] == ["ask containerd", "answer"]
 
 
 class Chains:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrport.firewall import text as text_module
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
 from ctrport.firewall.tables import Tables
@@ -46,15 +44,16 @@ def test_a_tag_names_the_owner_and_is_read_back() -> None:
     assert owner(tag(rule())) == "default/web 8080:80/tcp"
 
 
-def test_the_tags_of_rules_that_nobody_has_any_more_are_forgotten() -> None:
-    gc.collect()
-    before = len(text_module._tags)
-    kept = rule("default/kept 8080:80/tcp")
-    for number in range(1000):
-        tag(rule(f"default/gone-{number} 8080:80/tcp"))
-    tag(kept)
-    gc.collect()
-    assert len(text_module._tags) == before + 1
+def test_what_is_worked_out_of_a_rule_is_no_part_of_its_value() -> None:
+    tagged, plain = rule(), rule()
+    assert tag(tagged) == tag(plain)
+    other = rule()
+    assert (tagged == other, hash(tagged) == hash(other), repr(tagged) == repr(other)) == (True, True, True)
+    elsewhere = replace(tagged, chain="CTRPORT")
+    assert tagged != elsewhere
+    assert hash(tagged) != hash(elsewhere)
+    assert tag(elsewhere) == tag(rule(chain="CTRPORT")) != tag(tagged)
+    assert tag(elsewhere) in arguments(elsewhere)
 
 
 def test_what_rules_of_ours_counted_is_read_out_of_one_chain_whatever_others_write() -> None:

@@ -11,7 +11,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
-from weakref import WeakKeyDictionary
 
 from ..model import Count, Family, Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
@@ -25,17 +24,13 @@ _COMMENT = re.compile(r'--comment "(' + TAG.pattern + r')"(?= |$)')
 CHAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,28}")
 
 
-# With it to look up whether the kernel holds what it should takes a third of the time. A tag is kept for as long as
-# somebody has the rule: where containers come and go, rules of the past would outnumber those of the present by far.
-_tags: WeakKeyDictionary[Rule, str] = WeakKeyDictionary()
-
-
 def tag(rule: Rule) -> str:
     """Return the comment that a rule bears in the kernel."""
-    its = _tags.get(rule)
-    if its is None:
-        its = _tags[rule] = _tag(rule, (*_match(rule.match), *_target(rule)))
-    return its
+    # Kept with the rule: with it to look up whether the kernel holds what it should takes a third of the time.
+    if rule.tag is None:
+        object.__setattr__(rule, "tag", _tag(rule, (*_match(rule.match), *_target(rule))))
+    assert rule.tag is not None
+    return rule.tag
 
 
 def _tag(rule: Rule, words: tuple[str, ...]) -> str:
@@ -55,7 +50,9 @@ def owner(line_tag: str) -> str:
 def arguments(rule: Rule) -> str:
     """Return a rule as iptables takes it behind ``-A CHAIN``."""
     match, target = tuple(_match(rule.match)), tuple(_target(rule))
-    return " ".join((*match, f'-m comment --comment "{_tag(rule, match + target)}"', *target))
+    if rule.tag is None:
+        object.__setattr__(rule, "tag", _tag(rule, match + target))
+    return " ".join((*match, f'-m comment --comment "{rule.tag}"', *target))
 
 
 def restore_input(plan: Plan) -> str:
