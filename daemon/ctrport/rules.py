@@ -144,16 +144,6 @@ class Rule:
         assert self._hash is not None
         return self._hash
 
-    def __hash__(self) -> int:
-        # Worked out once: rules are looked up by the ten thousands, again and again, and have many fields.
-        its = self.__dict__.get("_hash")
-        if its is None:
-            its = hash(
-                (self.family, self.table, self.chain, self.match, self.target, self.owner, self.rank, self.place)
-            )
-            object.__setattr__(self, "_hash", its)
-        return int(its)
-
 
 @dataclass(frozen=True, order=True)
 class Gate:
