@@ -147,7 +147,8 @@ class Listed:
 
     ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
-    is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
+    is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked. One
+    that is ``paused`` has its network and answers nobody.
     """
 
     key: ContainerKey
