@@ -113,7 +113,8 @@ class Listed:
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
     ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
-    ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for.
+    ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for. One that is
+    ``paused`` has its network and answers nobody.
     """
 
     key: ContainerKey

@@ -92,7 +92,7 @@ async def test_the_life_of_a_container_is_seen_event_by_event(node: Node) -> Non
 
         node.pause(web)
         assert await following(events) == [("web", "/tasks/paused")]
-        assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"})
+        assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"}, paused=True)
         node.resume(web)
         assert await following(events) == [("web", "/tasks/resumed")]
 
@@ -125,7 +125,7 @@ async def test_a_listing_has_what_runs_or_is_paused_of_that_namespace_with_its_l
         assert (await containerd.version()).startswith(("1.", "2.", "v2."))
         assert await containerd.namespaces() == ["default", "other"]
         assert await containerd.containers("default") == [
-            Listed(key(frozen), frozen.pid, {}),
+            Listed(key(frozen), frozen.pid, {}, paused=True),
             Listed(key(web), web.pid, {"app": "web"}),
         ]
         listed = await containerd.containers("other")

@@ -126,6 +126,13 @@ def test_each_condition_of_an_entry_is_explained() -> None:
             assert f"`{key}`" in explained, key
 
 
+def test_the_transcripts_of_explain_are_what_it_says() -> None:
+    golden = Path(__file__).with_name("golden")
+    assert (golden / "explain-dropped-by-the-operator.txt").read_text() in _operating()
+    end = (golden / "explain-works.txt").read_text().splitlines(keepends=True)[-5:]
+    assert "".join(end) in _operating()
+
+
 def test_whatever_holds_a_port_is_named() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "operating.md", ROOT / "CHANGELOG.md"):
         text = page.read_text()

@@ -418,6 +418,7 @@ CASES: dict[str, Case] = {
     "container-gone": Case("fails", Cause.GONE, change=nobody_at(WEB)),
     "container-gone-and-another-there": Case("fails", Cause.GONE, change=lives(WEB, "late")),
     "nobody-known": Case("unknown", Cause.STRANGER, ("172.17.0.9:80", NODE)),
+    "ipvs": Case("unknown", Cause.IPVS, ("30080",), change=changed(ipvs=frozenset({(Protocol.TCP, 30080)}))),
     "leaves-the-node": Case("unknown", Cause.BEYOND, ("203.0.113.9:80", NODE)),
     "container-paused": Case("fails", Cause.PAUSED, change=lives(WEB, paused=True)),
     "container-does-not-listen": Case(

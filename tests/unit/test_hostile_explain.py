@@ -15,6 +15,7 @@ from ctrport.explain.answer import Explanation
 from ctrport.explain.facts import Next
 from ctrport.explain.fate import Cause, Outcome
 from ctrport.explain.inside import routes, routes6
+from ctrport.explain.snapshot import served_by_ipvs
 from ctrport.explain.steps import Step
 from ctrport.explain.tables import _NAME
 from ctrport.model import Protocol
@@ -163,6 +164,22 @@ fd000017000000000000000000000000 40 00000000000000000000000000000000 00 00000000
 ff000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000002 00000000 00000001     eth0
 00000000000000000000000000000000 00 00000000000000000000000000000000 00 00000000000000000000000000000000 ffffffff 00000001 00000000 00200200       lo
 """  # noqa: E501 - as the kernel prints it
+
+
+IP_VS = """\
+IP Virtual Server version 1.2.1 (size=4096)
+Prot LocalAddress:Port Scheduler Flags
+  -> RemoteAddress:Port Forward Weight ActiveConn InActConn
+TCP  0A600050:0050 rr 
+  -> AC110002:0050      Masq    1      0          0         
+UDP  [2001:0db8:0051:0000:0000:0000:0000:0001]:7582 rr 
+FWM  00000001 rr 
+"""  # noqa: W291 - as the kernel prints it
+
+
+def test_the_services_of_ipvs_are_read() -> None:
+    assert list(served_by_ipvs(IP_VS)) == [(Protocol.TCP, 80), (Protocol.UDP, 30082)]
+    assert list(served_by_ipvs("")) == []
 
 
 @pytestmark_little

@@ -206,9 +206,9 @@ class Facts:
     """What is known of the node.
 
     ``chain`` and ``localhost`` are those of ``firewall``. ``keepers`` are who has the sockets by which ctrport keeps
-    ports from others, by a part of what such a holder is called.
-    ``bridges`` are the bridges that the node has addresses on, but for the one that its default route is by. ``unseen``
-    says what could not be looked at, a sentence each: with it nothing is sure.
+    ports from others, by a part of what such a holder is called. ``bridges`` are all but the one that the default route
+    is by. ``ipvs`` are the ports that IPVS serves, of whichever address. ``unseen`` says what could not be looked at, a
+    sentence each: with it nothing is sure.
     """
 
     rules: Ruleset
@@ -220,6 +220,7 @@ class Facts:
     keepers: tuple[tuple[Protocol, str], ...] = ()
     bridges: frozenset[str] = frozenset()
     flows: tuple[OldFlow, ...] = ()
+    ipvs: frozenset[tuple[Protocol, int]] = frozenset()
     unseen: tuple[str, ...] = ()
     answers: Mapping[Question, Answer] = field(default_factory=dict)
 

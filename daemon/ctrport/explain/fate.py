@@ -28,6 +28,7 @@ class Cause(str, enum.Enum):
     UNTOLD = "rule-not-understood"
     BEYOND = "leaves-the-node"
     STRANGER = "nobody-known"
+    IPVS = "ipvs"
     UNSEEN = "not-all-can-be-seen"
     TABLE_FULL = "table-of-flows-full"
 

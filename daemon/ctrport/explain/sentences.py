@@ -120,6 +120,12 @@ class _Words:
         address, device = fate.words["address"], fate.words["device"]
         return f"it leaves for {address} by {device}, and nobody on this node has that address", ""
 
+    def ipvs(self, fate: Fate) -> tuple[str, str]:
+        return (
+            f"IPVS has port {self._port}, as kube-proxy in IPVS mode, and where it sends it is not seen",
+            "`ipvsadm -Ln`",
+        )
+
     def unseen(self, fate: Fate) -> tuple[str, str]:
         return f"nothing that was seen is in its way, but {fate.words['unseen']}", ""
 
@@ -352,6 +358,7 @@ _SAID: dict[Cause, Callable[[_Words, Fate], tuple[str, str]]] = {
     Cause.UNTOLD: _Words.untold,
     Cause.BEYOND: _Words.beyond,
     Cause.STRANGER: _Words.stranger,
+    Cause.IPVS: _Words.ipvs,
     Cause.UNSEEN: _Words.unseen,
     Cause.DROPPED: _Words.dropped,
     Cause.REJECTED: _Words.dropped,

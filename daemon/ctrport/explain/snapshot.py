@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class Snapshot:
             keepers=tuple(_keepers(current)),
             bridges=frozenset(name for name, kind in names.values() if kind == "bridge") - {self._outward()},
             flows=flows,
+            ipvs=frozenset(served_by_ipvs(_read("/proc/net/ip_vs"))),
             unseen=tuple(unseen),
         )
 
@@ -166,10 +168,24 @@ def _kind(number: int) -> str:
 
 
 def _setting(path: str) -> str | None:
+    return _read(f"/proc/sys/{path}").strip() or None
+
+
+def _read(path: str) -> str:
+    """Return what is in a file of /proc, empty where there is none."""
     try:
-        return Path("/proc/sys", path).read_text(encoding="ascii", errors="replace").strip()
+        return Path(path).read_text(encoding="ascii", errors="replace")
     except OSError:
-        return None
+        return ""
+
+
+_SERVED = re.compile(r"^(TCP|UDP|SCTP)  (?:[0-9A-F]{8}|\[[0-9a-f:]+\]):([0-9A-F]{4}) ", re.MULTILINE)
+
+
+def served_by_ipvs(text: str) -> Iterator[tuple[Protocol, int]]:
+    """Read ``/proc/net/ip_vs``, of which each service begins a line (ip_vs_info_seq_show in ip_vs_ctl.c)."""
+    for protocol, port in _SERVED.findall(text):
+        yield Protocol(protocol.lower()), int(port, 16)
 
 
 def _declared(current: status.Status | None, config: Config) -> Iterable[Declared]:

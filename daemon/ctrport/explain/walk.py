@@ -128,6 +128,9 @@ def _to_node(way: Way, case: Case) -> Iterator[Fate]:
     yield from fates
     for after in cases:
         socket = way.socket(after.packet)
+        if (after.packet.protocol, after.packet.destination.port) in way.facts.ipvs:
+            yield Fate(Outcome.UNKNOWN, Cause.IPVS, after)  # it comes before any socket
+            continue
         if socket is None:
             yield Fate(Outcome.FAILS, Cause.NOBODY, after)
             continue
