@@ -214,7 +214,7 @@ def test_where_nft_is_not_installed_all_else_works(node: Stage, ctrport: Ctrport
 @every_backend
 def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport, backend: str) -> None:
     service, sibling = node.service, node.sibling
-    portmap.call(node, "ADD", service, 9090, 80)
+    portmap.call(node, "ADD", service, {9090: 80})
     alone = theirs(node)
     web = "{container: web}"
     ctrport.configure(publish((web, "8080:80"), (web, "9090:80"), settings=settings(backend)))
@@ -225,7 +225,7 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport, backend: str
     published(node, 8080, "web")
     assert theirs(node) == alone
 
-    portmap.call(node, "ADD", sibling, 9091, 80)  # beside what ctrport has there already
+    portmap.call(node, "ADD", sibling, {9091: 80})  # beside what ctrport has there already
     both = theirs(node)
     assert both != alone
     for _ in ("running", "restarted"):
@@ -239,7 +239,7 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport, backend: str
         assert ctrport.stop() == 0
         ctrport.start()
 
-    portmap.call(node, "DEL", service, 9090, 80)
+    portmap.call(node, "DEL", service, {9090: 80})
     look_again(node)
     ctrport.wait_for("9090:80/tcp", "active")
     wait_open(node, 9090, "web")
@@ -258,7 +258,7 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport, backend: str
 def test_portmap_may_come_second(node: Stage, ctrport: Ctrport) -> None:
     ctrport.configure(publish(("{container: web}", "8080:80")))
     ctrport.start()
-    portmap.call(node, "ADD", node.service, 9090, 80)
+    portmap.call(node, "ADD", node.service, {9090: 80})
     tables = theirs(node)
     # It appends its jump to ours, which gives it the way at once: as it would have come first.
     order = ["CNI-HOSTPORT-DNAT", "DOCKER"]

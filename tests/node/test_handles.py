@@ -37,7 +37,12 @@ class Chains:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.handles = Handles(Family.IPV4)
+        self.tables = inside(host.pid, ("net",), NfTables)
+        self.handles = Handles(Family.IPV4, lambda: self.tables)
+
+    def close(self) -> None:
+        self.handles.close()
+        self.tables.close()
 
     def write(self, *rules: Rule, new: Iterable[Table] = ()) -> None:
         """Write rules as iptables-nft does, and be listened to."""
@@ -68,7 +73,7 @@ def chains(host: Host) -> Iterator[Chains]:
     chains.write(new=(Table.NAT, Table.FILTER))
     host.run("iptables-nft", "-t", "nat", *OTHERS.split())
     yield chains
-    chains.handles.close()
+    chains.close()
     host.run("nft", "flush", "ruleset")
 
 
@@ -94,7 +99,7 @@ def test_what_was_written_goes_by_its_number_whatever_its_table(chains: Chains) 
 def test_what_an_earlier_run_wrote_is_found_by_its_comment(chains: Chains) -> None:
     chains.write(*map(rule, range(8000, 8003)))
     chains.handles.close()
-    chains.handles = Handles(Family.IPV4)
+    chains.handles = Handles(Family.IPV4, lambda: chains.tables)
     chains.remove(removal(8001))
     assert chains.ports() == [8000, 8002]
 
@@ -108,7 +113,7 @@ def test_a_number_that_is_another_rules_by_now_is_left_alone(chains: Chains) -> 
     fresh.write(new=(Table.NAT, Table.FILTER))
     chains.host.run("iptables-nft", "-t", "nat", *OTHERS.split())
     fresh.write(rule(8001), rule(8000))
-    fresh.handles.close()
+    fresh.close()
     assert set(known.values()) == set(fresh.handles._known.values())
     assert known != fresh.handles._known
     chains.remove(removal(8000))

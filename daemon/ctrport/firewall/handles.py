@@ -13,7 +13,7 @@ import contextlib
 import errno
 import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ..model import Family
 from ..nfnetlink import NewRules, NfTables, comment, delete_rule, handle
@@ -37,22 +37,21 @@ class Missing(Exception):
 class Handles:
     """The numbers of the rules of one family, in the network namespace that it is first used in.
 
-    Its sockets stay open until ``close``: to close one takes some 10 ms where rules went, as the kernel waits until no
-    packet can meet them any more.
+    ``tables`` gives what the kernel is asked by. The sockets stay open until ``close``: to close one takes some 10 ms
+    where rules went, as the kernel waits until no packet can meet them any more.
     """
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, tables: Callable[[], NfTables]) -> None:
         self._domain = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
         self._known: dict[_Key, int] = {}
-        self._tables: NfTables | None = None
+        self._tables = tables
         self._hears: NewRules | None = None
 
     def close(self) -> None:
-        """Close its sockets; it may be used again."""
-        for one in (self._tables, self._hears):
-            if one is not None:
-                one.close()
-        self._tables = self._hears = None
+        """Close its socket; it may be used again."""
+        if self._hears is not None:
+            self._hears.close()
+        self._hears = None
 
     def learn(self, table: Table, its: str, rule: bytes, *, anew: bool = False) -> None:
         """Take in a rule as it was found, by its tag; ``anew`` where it was written just now."""
@@ -83,7 +82,7 @@ class Handles:
         Raises ``Missing`` where one is not there, unless it was only glanced at: what is gone then is gone. Raises
         ``OSError``, and ``Interrupted`` where others write all the time.
         """
-        tables = self._tables = self._tables or NfTables()
+        tables = self._tables()
         for left in reversed(range(TRIES)):
             generation = tables.generation()
             try:
