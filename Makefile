@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py choose.py claims.py contest.py declared.py lines.py networks.py owners.py ports.py document.py config.py pace.py pods.py \
-	publish.py rules.py suspicion.py firewall/drift.py firewall/entries.py firewall/plan.py firewall/text.py
+CORE := model.py choose.py claims.py contest.py declared.py lines.py networks.py owners.py ports.py document.py config.py \
+	pace.py pods.py publish.py rules.py suspicion.py firewall/drift.py firewall/elements.py firewall/entries.py \
+	firewall/plan.py firewall/sets.py firewall/standing.py firewall/tableplan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -51,7 +52,7 @@ bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 
 drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy neighbours cost (as root, 1 minute)
 	@$(BIN)/python -m bench.drift
 
-matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 5 minutes)
+matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 6 minutes)
 	@$(BIN)/python -m tests.matrix
 
 kills: tools $(READY)  ## Kill the daemon and see what the next one makes of it (as root, 7 minutes): make kills KILLS=200

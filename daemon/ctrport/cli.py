@@ -260,7 +260,7 @@ def plan(path: str, directory: Path, raw: bool) -> None:
     _as_root("plan")
     layout = daemon.layout(config)
     due = _await(pending(config, _await(_firewalls(config, layout)), layout, directory))
-    lines = due.script() if raw else due.diff()
+    lines = _await(due.script()) if raw else due.diff()
     for line in lines:
         colour = None if raw else {"+": "green", "-": "red"}.get(line[:1])
         click.echo(click.style(one_line(line), fg=colour))

@@ -38,7 +38,7 @@ FREE = "free"
 DOCKERD_NAMESPACE = "moby"
 
 # A backend that is added gets its word here; the check and the sentence follow.
-Backend = Literal["auto", "iptables-nft", "iptables-legacy"]
+Backend = Literal["auto", "iptables-nft", "iptables-legacy", "nftables"]
 Position = Literal["auto", "first", "last"]
 OnStop = Literal["keep", "remove"]
 Masquerade = Literal["hairpin", "all"]
@@ -288,7 +288,7 @@ _EXPECTED = {
         "a mapping with backend, chain, position, localhost, masquerade, reserve_limit, poll_interval and on_stop, "
         "or the key left out"
     ),
-    "firewall.backend": "auto, iptables-nft or iptables-legacy",
+    "firewall.backend": "auto, iptables-nft, iptables-legacy or nftables",
     "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
     "firewall.position": "auto, first or last",
     "firewall.localhost": "true or false",

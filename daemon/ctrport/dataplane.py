@@ -186,6 +186,11 @@ class Dataplane:
         self.in_line = True
         return True
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of others' tables may keep from working what is published, in a sentence each."""
+        return tuple(dict.fromkeys(said for firewall in self.firewalls.values() for said in firewall.warnings))
+
     def switched_off(self) -> bool:
         """Whether somebody switched a device's ``route_localnet`` off that has to be on."""
         with contextlib.suppress(FirewallError):  # what cannot be told now is asked again

@@ -163,8 +163,6 @@ class Reconciler:
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
-        if config == self._survey.config:
-            return  # it was read again while it was being taken up
         if config.containerd.address != self._survey.config.containerd.address:
             return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
         ground: Ground | None = None
@@ -270,7 +268,8 @@ class Reconciler:
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
-                await self._change_config(config)
+                if config != self._survey.config:  # one that is announced twice is carried out once
+                    await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
                 await asyncio.sleep(self._pace.wait(time.monotonic()))
@@ -340,6 +339,7 @@ class Reconciler:
                     self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
+                    self._tell_of_node()  # of tables of others something may be new, too
                 self._problem = ""
                 self._writing.reset()
             if grounds.since is not None:
@@ -370,8 +370,9 @@ class Reconciler:
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
-        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
-        for warning in self._survey.warnings:
+        warnings = (*self._survey.warnings, *self._dataplane.warnings)
+        before, self._told = self._told, (self._survey.amiss, warnings)
+        for warning in warnings:
             if warning not in before[1]:
                 log.warning("%s", warning)
         if self._told != before:
@@ -431,7 +432,11 @@ class Reconciler:
                 self._survey.publications, self._dataplane.remark, self._problem, self._process
             ),
             networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            warnings=[
+                *filter(None, [self._blind, self._dataplane.complaint]),
+                *self._survey.warnings,
+                *self._dataplane.warnings,
+            ],
             backend=next(iter(self._dataplane.firewalls.values())).name,
             families=[family.value for family in self._dataplane.firewalls],
             layout=layout(self._dataplane.layout),

@@ -90,15 +90,18 @@ class Pending:
         lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_on]
         return lines + [f"+ bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
 
-    def script(self) -> list[str]:
-        """Return lines of shell that do it, in the order of ``run``; empty where nothing is to change."""
+    async def script(self) -> list[str]:
+        """Return lines of shell that do it, in the order of ``run``; empty where nothing is to change.
+
+        Raises ``FirewallError``.
+        """
         lines = [_switch(device, 0) for device in self.due.localnet_off]
         for firewall, plan in self.due.plans:
-            lines += firewall.script(plan)
+            lines += await firewall.script(plan)
         lines += [_switch(device, 1) for device in self.due.localnet_on]
         lines += [f"bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
         for firewall, plan in self.sweeps:
-            lines += firewall.script(plan)
+            lines += await firewall.script(plan)
         return lines
 
 

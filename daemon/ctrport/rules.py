@@ -11,12 +11,14 @@ Chain names are API: an operator's scripts and the next release know them. Chang
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from .model import (
+    Access,
     Address,
     Attachment,
     Family,
@@ -32,6 +34,11 @@ USER_CHAIN = "DOCKER-USER"  # the operator's, under dockerd's name for it whatev
 LOCALHOST4 = IPv4Network("127.0.0.0/8")
 LOCALHOST6 = IPv6Network("::1/128")
 LINK_LOCAL6 = IPv6Network("fe80::/10")
+
+#: The bit of a packet's mark that says, for as long as iptables' FORWARD is asked, that our own table has let it
+#: through. Of others: Cilium has 0xf00, netavark 0x1000, CNI's portmap 0x2000, kube-proxy 0x4000 and 0x8000, Calico and
+#: tailscale what is above these, and who counts marks himself begins at 1.
+ACCEPTED_MARK = 0x40
 
 
 class Table(str, enum.Enum):
@@ -106,6 +113,7 @@ class Match:
     translated: bool = False  # the flow's destination was translated (DNAT), by us or by another
     original_ports: PortRange | None = None  # the destination ports before translation
     original_destination: Address | None = None
+    mark: int | None = None  # the bits of the packet's mark that are set, whatever the others are
 
 
 @dataclass(frozen=True)
@@ -125,16 +133,53 @@ class Rule:
     rank: int = 0
     place: Place = Place.OWN
 
+    def __hash__(self) -> int:
+        # Worked out once: rules are looked up by the ten thousands, again and again, and have many fields.
+        its = self.__dict__.get("_hash")
+        if its is None:
+            its = hash(
+                (self.family, self.table, self.chain, self.match, self.target, self.owner, self.rank, self.place)
+            )
+            object.__setattr__(self, "_hash", its)
+        return int(its)
+
+
+@dataclass(frozen=True, order=True)
+class Gate:
+    """In which way a mapping is not for everybody: by sources with a prefix of that length, by the interface, or both.
+
+    ``version`` is that of the addresses; of length 0 is every source.
+    """
+
+    version: int
+    length: int
+    interface: bool
+
+
+def gates(accesses: Iterable[Access]) -> tuple[Gate, ...]:
+    """Return every way in which these are not for everybody, in order."""
+    found = set()
+    for access, family in itertools.product(accesses, Family):
+        sources = access.sources_of(family)
+        if sources or (sources is not None and access.interface is not None):
+            lengths = {source.prefixlen for source in sources} or {0}
+            found |= {Gate(family.value, length, access.interface is not None) for length in lengths}
+    return tuple(sorted(found))
+
 
 @dataclass(frozen=True)
 class Layout:
-    """What of the config shapes the rules: the chain everything is named after, and what it is to do."""
+    """What of the config shapes the rules: the chain everything is named after, and what it is to do.
+
+    ``gates`` are those of all mappings that may be asked for.
+    """
 
     chain: str = "DOCKER"
     position: Place = Place.POLICY
     localhost: bool = True
     masquerade_all: bool = False  # who comes from anywhere, not from the container's own link alone
     networks: bool = False  # whether some bridge is run the Docker way
+    gates: tuple[Gate, ...] = ()
 
     @property
     def forward(self) -> str:
@@ -200,6 +245,19 @@ def skeleton(layout: Layout, family: Family) -> tuple[Rule, ...]:
         Rule(family, Table.FILTER, "FORWARD", Match(), Jump(forward), "jump", place=layout.position),
     ]
     return (*marks, *jumps)
+
+
+def accepted(layout: Layout, family: Family) -> Rule:
+    """Return the rule by which a FORWARD of iptables that drops lets through what our own table of nftables accepted.
+
+    A packet that is dropped in any table is dropped, whatever another has said of it.
+    """
+    match = Match(mark=ACCEPTED_MARK)
+    return Rule(family, Table.FILTER, "FORWARD", match, ACCEPT, ACCEPTED_OWNER, place=layout.position)
+
+
+#: The owner of that rule.
+ACCEPTED_OWNER = "nftables"
 
 
 def rules_at(address: Address, layout: Layout) -> tuple[Rule, ...]:

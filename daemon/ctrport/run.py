@@ -27,7 +27,7 @@ from .hostports import Reservations
 from .model import Family
 from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler
-from .rules import Layout, Place
+from .rules import Layout, Place, gates
 from .survey import Survey
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def layout(config: Config) -> Layout:
         firewall.localhost,
         masquerade_all=firewall.masquerade == "all",
         networks=bool(config.networks),
+        gates=gates(declaration.access for declaration in config.publish),
     )
 
 

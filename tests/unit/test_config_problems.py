@@ -32,7 +32,7 @@ containerd:
   address: run/containerd.sock
   namespaces: [default, "k8s_", ~, [x], default/x]
 firewall:
-  backend: nftables
+  backend: nft
   chain: INPUT
   position: top
   localhost: yes
@@ -76,7 +76,7 @@ f:4:25: an entry of `containerd.namespaces` is 'k8s_'; expected {a_namespace}
 f:4:33: an entry of `containerd.namespaces` is empty; expected {a_namespace}
 f:4:36: an entry of `containerd.namespaces` is a list; expected {a_namespace}
 f:4:41: an entry of `containerd.namespaces` is 'default/x'; expected {a_namespace}
-f:6:12: `firewall.backend` is 'nftables'; expected auto, iptables-nft or iptables-legacy
+f:6:12: `firewall.backend` is 'nft'; expected auto, iptables-nft, iptables-legacy or nftables
 f:7:10: `firewall.chain` is 'INPUT', a word that iptables has a meaning for; expected {chain}
 f:8:13: `firewall.position` is 'top'; expected auto, first or last
 f:9:14: `firewall.localhost` is 'yes'; expected true or false

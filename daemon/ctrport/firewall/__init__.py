@@ -34,6 +34,10 @@ class ForeignChain(FirewallError):
     """A chain of the name we would use holds somebody else's rules. It was not touched."""
 
 
+class ForeignTable(FirewallError):
+    """A table of the name we would use is somebody else's. It was not touched."""
+
+
 class AnyPlan(Protocol):
     """What is to be written, for the ``Firewall`` that made it. False where there is nothing to write."""
 
@@ -54,6 +58,11 @@ class Firewall(Protocol):
     """What keeps our rules of one family in the kernel."""
 
     name: str
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of other tables may keep from working what is published, as of the last ``read``; a sentence each."""
+        ...
 
     async def read(self, *, words: bool = True) -> None:
         """Look at what the kernel holds: our chains, and the kernel chains that we jump from.
@@ -94,10 +103,10 @@ class Firewall(Protocol):
         """Return a plan for people: a line a change, in its order, ``+`` what comes and ``-`` what goes."""
         ...
 
-    def script(self, plan: AnyPlan) -> list[str]:
-        """Return a plan as lines of shell that write what ``apply`` would, byte for byte where that writes text.
+    async def script(self, plan: AnyPlan) -> list[str]:
+        """Return a plan as lines of shell that do what ``apply`` would, with the text that it writes, where it does.
 
-        A plan that was made after a ``read`` with words. None where there is nothing to write.
+        None where there is nothing to write. Raises ``FirewallError``.
         """
         ...
 

@@ -33,6 +33,7 @@ class MemoryKernel:
         self.tables: dict[Table, Chains] = {
             table: {chain: [] for chain in chains} for table, chains in KERNEL_CHAINS.items()
         }
+        self.policies: dict[tuple[Table, str], str] = {}
         self.restores: list[str] = []
         self.counted: dict[str, Count] = {}
         self.fail_next_restore: Callable[[Table], bool] | None = None
@@ -42,7 +43,7 @@ class MemoryKernel:
         rules = self.tables[table].get(chain)
         if rules is None:
             return None
-        head = f"-P {chain} ACCEPT" if chain in BUILT_IN else f"-N {chain}"
+        head = f"-P {chain} {self._policy(table, chain)}" if chain in BUILT_IN else f"-N {chain}"
         return [head, *(f"-A {chain} {rule}" for rule in rules)]
 
     async def glance(self, table: Table, chain: str) -> list[Line] | None:
@@ -58,9 +59,16 @@ class MemoryKernel:
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
         chains = self.tables[table]
-        heads = [f":{chain} {'ACCEPT' if chain in BUILT_IN else '-'} [0:0]" for chain in chains]
+        heads = [f":{chain} {self._policy(table, chain) if chain in BUILT_IN else '-'} [0:0]" for chain in chains]
         rules = [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
         return "\n".join([f"*{table}", *heads, *rules, "COMMIT", ""])
+
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """See ``Kernel.accepts``."""
+        return self._policy(table, chain) == "ACCEPT"
+
+    def _policy(self, table: Table, chain: str) -> str:
+        return self.policies.get((table, chain), "ACCEPT")
 
     async def prepare(self) -> None:
         """See ``Kernel.prepare``: nothing to do ahead."""

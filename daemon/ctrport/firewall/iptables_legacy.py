@@ -74,6 +74,11 @@ class LegacyTables:
         lines = await self.chain(table, chain)
         return None if lines is None else listing(lines)
 
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """See ``Kernel.accepts``."""
+        lines = await self.chain(table, chain)
+        return lines is None or lines[0] == f"-P {chain} ACCEPT"
+
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """See ``Kernel.counts``."""
         return counts(await self._saved(table, "-c"), chain)

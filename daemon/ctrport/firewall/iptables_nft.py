@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..model import Count, Family
 from ..nfnetlink import NfTables, Writer, comment, counted, target
@@ -59,20 +59,19 @@ class NftCommands:
             return [] if chain in BUILT_IN else None  # nf_tables has no chains of its own, iptables always has
         return [self._line(chain, rule) for rule in rules]
 
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """See ``Kernel.accepts``."""
+        with _errors(table, chain), contextlib.closing(NfTables()) as tables:
+            return tables.accepts(self._domain, table.value, chain)
+
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
         """See ``Kernel.counts``."""
         tagged = ((comment(rule), rule) for rule in self._rules(table, chain) or ())
         return [(its, Count(*counted(rule))) for its, rule in tagged if its is not None and TAG.fullmatch(its)]
 
     def _rules(self, table: Table, chain: str) -> list[bytes] | None:
-        try:
-            with contextlib.closing(NfTables()) as tables:
-                return tables.rules(self._domain, table.value, chain)
-        except Interrupted as error:
-            raise FirewallError(f"the chain {chain} of the table {table} changes all the time") from error
-        except OSError as error:
-            kind = Unusable if error.errno in (errno.EPERM, errno.EACCES) else FirewallError
-            raise kind(f"the chain {chain} of the table {table} could not be looked at: {error.strerror}") from error
+        with _errors(table, chain), contextlib.closing(NfTables()) as tables:
+            return tables.rules(self._domain, table.value, chain)
 
     def _line(self, chain: str, rule: bytes) -> Line:
         its = comment(rule)
@@ -106,3 +105,14 @@ class NftCommands:
             ended = await self._restore.run(timeout=TIMEOUT, input=restore_input(plan))
         if ended.status != 0:
             raise failure("the rules could not be written", ended, Refused)
+
+
+@contextlib.contextmanager
+def _errors(table: Table, chain: str) -> Iterator[None]:
+    try:
+        yield
+    except Interrupted as error:
+        raise FirewallError(f"the chain {chain} of the table {table} changes all the time") from error
+    except OSError as error:
+        kind = Unusable if error.errno in (errno.EPERM, errno.EACCES) else FirewallError
+        raise kind(f"the chain {chain} of the table {table} could not be looked at: {error.strerror}") from error

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
 from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
-from .text import diff, holders, listing, owner, restore_input, saved, tag
+from .text import diff, holders, listing, owner, restore_input, saved, shell, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
@@ -38,6 +38,10 @@ class Kernel(Protocol):
 
     async def glance(self, table: Table, chain: str) -> list[Line] | None:
         """Return the rules of one chain as quickly as can be, perhaps abridged; None where there is no such chain."""
+        ...
+
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """Whether what reaches the end of a kernel chain goes on: the chain's policy."""
         ...
 
     async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
@@ -62,12 +66,17 @@ class Kernel(Protocol):
 
 
 class Tables:
-    """Keeps rules in the chains of ``layout``. Implements ``Firewall``."""
+    """Keeps rules in the chains of ``layout``. Implements ``Firewall``.
 
-    def __init__(self, kernel: Kernel, layout: Layout) -> None:
+    Rules of ``spared`` owners are somebody else's to remove.
+    """
+
+    def __init__(self, kernel: Kernel, layout: Layout, spared: Container[str] = ()) -> None:
         self.name = kernel.name
+        self.warnings: tuple[str, ...] = ()
         self._kernel = kernel
         self._layout = layout
+        self._spared = spared
         self._held: dict[ChainKey, list[Line] | None] | None = None
         self._ranks: Ranks | None = None
         self._records: tuple[LocalnetRecord, ...] = ()
@@ -76,8 +85,8 @@ class Tables:
     async def read(self, *, words: bool = True) -> None:
         """See ``Firewall.read``. Looks at a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
-        look = self._listed if words else self._kernel.glance
-        answers = await asyncio.gather(*(look(table, chain) for table, chain in keys))
+        looks = (_listed(self._kernel, *key) if words else self._kernel.glance(*key) for key in keys)
+        answers = await asyncio.gather(*looks)
         held = dict(zip(keys, answers, strict=True))
         foreign = self._foreign(held)
         if foreign is not None and not words:
@@ -115,18 +124,16 @@ class Tables:
         plan = _own(plan)
         self._held, self._ranks = None, None
         if plan:
-            await self._kernel.restore(await self._spelled(plan))
+            await self._kernel.restore(await spelled(self._kernel, plan))
         self._ranks = plan.ranks
 
     def diff(self, plan: AnyPlan) -> list[str]:
         """See ``Firewall.diff``: below the table's name, in the words of ``iptables-restore``."""
         return diff(_own(plan), self._kernel.family)
 
-    def script(self, plan: AnyPlan) -> list[str]:
+    async def script(self, plan: AnyPlan) -> list[str]:
         """See ``Firewall.script``."""
-        its = _own(plan)
-        # No line of a plan is that word: each is a table, a chain, an operation or COMMIT.
-        return [f"{self._kernel.writer} <<'EOF'", *restore_input(its).split("\n")[:-1], "EOF"] if its else []
+        return shell(self._kernel.writer, restore_input(await spelled(self._kernel, _own(plan))))
 
     def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
         """See ``Firewall.drift``."""
@@ -172,19 +179,11 @@ class Tables:
     async def _saved(self) -> dict[ChainKey, list[Line]]:
         texts = await asyncio.gather(*(self._kernel.table(table) for table in Table))
         tables = zip(Table, map(saved, texts), strict=True)
-        return {(table, chain): lines for table, chains in tables for chain, lines in chains.items()}
-
-    async def _listed(self, table: Table, chain: str) -> list[Line] | None:
-        lines = await self._kernel.chain(table, chain)
-        return None if lines is None else listing(lines)
-
-    async def _spelled(self, plan: Plan) -> Plan:
-        """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
-        keys = abridged(plan)
-        if not keys:
-            return plan
-        answers = await asyncio.gather(*(self._listed(table, chain) for table, chain in keys))
-        return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
+        return {
+            (table, chain): [line for line in lines if line.owner not in self._spared]
+            for table, chains in tables
+            for chain, lines in chains.items()
+        }
 
     async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
         """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
@@ -211,6 +210,20 @@ class Tables:
                     "it is left alone. Set firewall.chain to another name, such as CTRPORT"
                 )
         return None
+
+
+async def spelled(kernel: Kernel, plan: Plan) -> Plan:
+    """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
+    keys = abridged(plan)
+    if not keys:
+        return plan
+    answers = await asyncio.gather(*(_listed(kernel, *key) for key in keys))
+    return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
+
+
+async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:
+    lines = await kernel.chain(table, chain)
+    return None if lines is None else listing(lines)
 
 
 def _own(plan: AnyPlan) -> Plan:

@@ -66,6 +66,12 @@ def restore_input(plan: Plan) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def shell(program: str, text: str) -> list[str]:
+    """Return the lines of shell that have a program read a text of ours; none where that is empty."""
+    # No line is that word: what we write are tables, chains, rules, sets and COMMIT.
+    return [f"{program} <<'EOF'", *text.split("\n")[:-1], "EOF"] if text else []
+
+
 _PRINTED = re.compile(r'(?:[^"\n]+|"(?:[^"\\]|\\.)*"|")+', re.DOTALL)
 
 
@@ -186,6 +192,8 @@ def _match(match: Match) -> Iterator[str]:
         yield f"-p {match.protocol}"
         if match.ports is not None:
             yield f"-m {match.protocol} --dport {_ports(match.ports)}"
+    if match.mark is not None:
+        yield f"-m mark --mark {match.mark:#x}/{match.mark:#x}"
     if match.to_local:
         yield "-m addrtype --dst-type LOCAL"
     if match.established:
