@@ -174,12 +174,12 @@ def kube_proxy(mode: str) -> Break:
 
 @contextlib.contextmanager
 def host_port(stage: Stage) -> Iterator[None]:
-    portmap.call(stage, "ADD", stage.service, 9090, 80)
+    portmap.call(stage, "ADD", stage.service, {9090: 80})
     try:
         stage.ctrport.wait_for("9090:80/tcp", "conflict", within=20)
         yield
     finally:
-        portmap.call(stage, "DEL", stage.service, 9090, 80)
+        portmap.call(stage, "DEL", stage.service, {9090: 80})
         stage.ctrport.wait_for("9090:80/tcp", "active", within=20)
 
 

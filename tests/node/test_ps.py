@@ -231,6 +231,27 @@ def test_it_watches_until_it_is_interrupted(world: World) -> None:
     assert "Traceback" not in output.read_text()
 
 
+def test_a_table_of_our_own_is_asked_too(world: World) -> None:
+    world.ctrport.configure(f"firewall: {{backend: nftables}}\n{PUBLISH}")
+    eventually(lambda: world.ps()["backend"] == "nftables", what="the other backend")
+    eventually(lambda: world.check("--name", "*b")[0] == 0, what="all being as declared there")
+    before = next(its["connections"] for its in world.ps()["publications"] if its["mapping"] == "8080:80/tcp")
+    wait_open(world.node, 8080, "web")
+    web = next(its for its in world.ps()["publications"] if its["mapping"] == "8080:80/tcp")
+    assert (web["state"], web["installed"], web["connections"]) == ("active", True, before + 1)
+    with world.ctrport.frozen():
+        world.node.run("nft", "delete", "element", "ip", "ctrport", "host-ports", "{ tcp . 8080 }")
+        assert {key: world.states()[key] for key in ("8080:80/tcp", "9000:80/tcp")} == {
+            "8080:80/tcp": "waiting",
+            "9000:80/tcp": "active",
+        }
+        world.node.run("nft", "delete", "table", "ip", "ctrport")
+        assert set(world.states().values()) == {"waiting"}
+    eventually(lambda: world.check("--name", "*b")[0] == 0, what="all being there again")
+    world.ctrport.configure(PUBLISH)
+    eventually(lambda: world.ps()["backend"] == "iptables-nft", what="the other backend again")
+
+
 def test_legacy_tables_are_asked_too(world: World) -> None:
     world.ctrport.configure(f"firewall: {{backend: iptables-legacy, poll_interval: 60}}\n{PUBLISH}")
     eventually(lambda: world.ps()["backend"] == "iptables-legacy", what="the other backend")
