@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # What has no I/O, and is to be covered by tests/unit alone.
-CORE := model.py choose.py claims.py connections.py contest.py declared.py networks.py owners.py ports.py document.py config.py pace.py pods.py \
+CORE := model.py choose.py claims.py connections.py contest.py declared.py networks.py owners.py ports.py document.py listen.py config.py pace.py pods.py \
 	publish.py rules.py suspicion.py tally.py firewall/drift.py firewall/entries.py firewall/plan.py firewall/text.py
 CORE_COVERAGE := 95
 EMPTY :=
