@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_network
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
@@ -19,18 +19,9 @@ from . import ports
 from .claims import Claims
 from .declared import Kind, Permission
 from .document import NOTHING, REPORTED, Absent, Document, Location
-from .model import (
-    DEVICE_NAME,
-    Access,
-    Address,
-    Declaration,
-    Mapping,
-    PodSelector,
-    PortRange,
-    Protocol,
-    Selector,
-    is_identifier,
-)
+from .listen import Listen
+from .listen import parse as parse_listen
+from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
 
 #: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
@@ -44,9 +35,6 @@ LONGEST_POLL = 60
 
 #: Among host ports: any that is free, where a container names none.
 FREE = "free"
-
-#: Of ``metrics.listen``: nowhere. No word that YAML has another meaning for, as it has for "off".
-NOWHERE = "none"
 
 #: The containerd namespace that dockerd keeps its containers in, and publishes itself.
 DOCKERD_NAMESPACE = "moby"
@@ -191,36 +179,10 @@ def _glob(text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Listen:
-    """Where to listen: on one address of the node, or on all of its family, at a port."""
-
-    address: Address
-    port: int
-
-    def __str__(self) -> str:
-        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
-        return f"{host}:{self.port}"
-
-
 def _listen(text: object) -> Listen | None:
-    if text == NOWHERE:
-        return None
-    host, colon, port = text.rpartition(":") if isinstance(text, str) else ("", "", "")
-    if not colon:
+    if not isinstance(text, str):
         raise ValueError
-    if re.fullmatch(r"[1-9][0-9]{0,4}", port) is None or int(port) > 65535:
-        raise ValueError(", which ends in no port from 1 to 65535")
-    bare = host[1:-1] if host[:1] + host[-1:] == "[]" else host
-    if "%" in bare:
-        raise ValueError(", with a zone, which is not taken here")
-    try:
-        address = ip_address(bare)
-    except ValueError:
-        raise ValueError(", which has no address: names are not looked up") from None
-    if (address.version == 6) != (bare != host):
-        raise ValueError(", and IPv6 addresses alone stand in brackets")
-    return Listen(address, int(port))
+    return parse_listen(text)
 
 
 # The schema. Pydantic reads it off these dataclasses, so that types, defaults and checks stand in one place.

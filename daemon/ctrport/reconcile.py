@@ -547,10 +547,7 @@ class Reconciler:
 
     @property
     def _in_line(self) -> bool:
-        """Whether the kernel held what it should when that was last seen.
-
-        Not the dataplane's word, which is no in the middle of each look: who asks then would not be told of its end.
-        """
+        # Not the dataplane's word: in the middle of each look that is no, and nobody would be told of the end of it.
         return not self._problem and self._looked_at > 0
 
     @property

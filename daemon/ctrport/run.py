@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, configfiles, neighbours, scheduling, status, systemd
-from .config import Config, ConfigError, Listen
+from .config import Config, ConfigError
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
@@ -25,6 +25,7 @@ from .firewall.backends import every_firewall, firewalls, others_than
 from .firewall.detect import choose
 from .firewall.iptables_legacy import LegacyTables
 from .hostports import Reservations
+from .listen import Listen
 from .model import Family
 from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler

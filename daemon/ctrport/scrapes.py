@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import NoReturn
 
-from .config import Listen
+from .listen import Listen
 from .pace import Pace
 
 log = logging.getLogger(__name__)

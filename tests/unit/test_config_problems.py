@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ctrport import config
-from ctrport.config import ConfigError, Containerd, Firewall, Listen, Problem
+from ctrport.config import ConfigError, Containerd, Firewall, Problem
+from ctrport.listen import Listen
 
 
 def problems(text: str) -> list[str]:

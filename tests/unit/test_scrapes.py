@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrport import scrapes
-from ctrport.config import Listen
+from ctrport.listen import Listen
 from ctrport.scrapes import LONGEST, Answer, Scrapes, answer_to
 
 SCRAPE = b"GET /metrics HTTP/1.1\r\n\r\n"

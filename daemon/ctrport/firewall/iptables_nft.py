@@ -75,7 +75,10 @@ class NftCommands:
         return await asyncio.to_thread(self._counts, table, chain)
 
     def _counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
-        tagged = ((comment(rule), rule) for rule in self._rules(table, chain) or ())
+        # By a socket of its own: the other is asked by the event loop meanwhile.
+        with _errors(table, chain), contextlib.closing(NfTables()) as tables:
+            rules = tables.rules(self._domain, table.value, chain) or ()
+        tagged = ((comment(rule), rule) for rule in rules)
         return [(its, Count(*counted(rule))) for its, rule in tagged if its is not None and TAG.fullmatch(its)]
 
     def _tables(self) -> NfTables:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -50,8 +51,12 @@ class NftTable:
 
     async def counts(self, maps: Sequence[Set]) -> list[tuple[str, Count]]:
         """See ``TableKernel.counts``."""
-        with self._errors("read"):
-            return list(self._link.counts(maps))
+        return await asyncio.to_thread(self._counts, maps)
+
+    def _counts(self, maps: Sequence[Set]) -> list[tuple[str, Count]]:
+        # By a socket of its own: the other is asked by the event loop meanwhile.
+        with self._errors("read"), contextlib.closing(TableLink(self.family)) as link:
+            return list(link.counts(maps))
 
     async def dropping(self) -> list[str]:
         """See ``TableKernel.dropping``."""

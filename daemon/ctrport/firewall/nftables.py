@@ -6,6 +6,7 @@ element names its owner.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ class TableKernel(Protocol):
         ...
 
     async def counts(self, maps: Sequence[Set]) -> list[tuple[str, Count]]:
-        """Return the comment of each element of these maps, and what it counted."""
+        """Return the comment of each element of these maps, and what it counted; beside the event loop."""
         ...
 
     async def load(self, text: str) -> None:
@@ -201,12 +202,8 @@ class OwnTable:
 
     async def counters(self) -> dict[str, Count]:
         """See ``Firewall.counters``."""
-        counted: dict[str, Count] = {}
-        for comment, count in await self._kernel.counts([one for one in self._standing.sets if one.data]):
-            found = COMMENT.fullmatch(comment)
-            if found is not None:
-                counted[found["owner"]] = counted.get(found["owner"], Count()) + count
-        return counted
+        counts = await self._kernel.counts([one for one in self._standing.sets if one.data])
+        return await asyncio.to_thread(_by_owner, counts)
 
     async def prepare(self) -> None:
         """See ``Firewall.prepare``: a change takes no program."""
@@ -234,6 +231,15 @@ class OwnTable:
             doors.append(door.plan(closing=True))
         gone = tuple(self._elements) if ours else ()
         return TablePlan(self._standing, gone=gone, doors=tuple(doors), delete=ours), TablePlan(self._standing)
+
+
+def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
+    counted: dict[str, Count] = {}
+    for comment, count in counts:
+        found = COMMENT.fullmatch(comment)
+        if found is not None:
+            counted[found["owner"]] = counted.get(found["owner"], Count()) + count
+    return counted
 
 
 def _own(plan: AnyPlan) -> TablePlan:
