@@ -20,8 +20,8 @@ from .firewall.backends import firewalls_of
 from .model import Access, Attachment, BridgeNetwork, Count, Family, Network, NodeFacts, Publication, State
 from .owners import Owner
 from .publish import Change
-from .rules import Layout, Place, Rule
-from .status import PublicationStatus, Status, Undeclared
+from .rules import Rule
+from .status import PublicationStatus, Status, Undeclared, layout_of
 
 #: Seconds between two looks at what differs, and for how long it has to, with so much for each publication: longer than
 #: the daemon takes until its word is written.
@@ -90,9 +90,9 @@ async def compared(current: Status, again: Callable[[], Status | None]) -> Statu
 
     Raises ``NotComparable`` or ``FirewallError``.
     """
-    end = time.monotonic() + PATIENCE + PATIENCE_EACH * len(current.publications)
     sight = await look(current)
     seen = shown(current, sight, MISSING)
+    end = time.monotonic() + PATIENCE + PATIENCE_EACH * len(current.publications)
     while (sight.missing or sight.off or seen.undeclared) and time.monotonic() < end:
         await asyncio.sleep(PAUSE)
         current = again() or current
@@ -106,7 +106,7 @@ async def look(current: Status) -> Sight:
     if current.version != __version__ or not current.backend:
         raise NotComparable(f"the daemon is of another version ({current.version})")
     try:
-        layout = Layout(**{**current.layout, "position": Place(current.layout["position"])})
+        layout = layout_of(current.layout)
         firewalls = firewalls_of(map(Family, current.families), layout, current.backend)
         node = NodeFacts(
             frozenset(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from . import ps, status
-from .lines import Failure
+from .lines import Failure, one_line
 from .terminal import complain, remarks, rendered, table
 
 if TYPE_CHECKING:
@@ -125,10 +125,12 @@ def watch(look: Callable[[], Seen], wide: bool, count: int | None) -> None:
             began = time.monotonic()
             try:
                 seen = look()
-                lines = [*seen.notes, *rendered(seen.status, wide), *remarks(seen.status)]
-                state: object = lines if drawn else (seen.notes, _without_counts(seen.status))
+                notes, rest = map(one_line, seen.notes), map(one_line, remarks(seen.status))
+                lines = [*notes, *rendered(seen.status, wide), *rest]
+                how = (seen.absent, seen.silent > ps.HANGS, seen.trouble)
+                state: object = lines if drawn else (how, _without_counts(seen.status))
             except Failure as error:
-                lines, state = [str(error)], str(error)
+                lines, state = [one_line(str(error))], str(error)
             if state != before:
                 if drawn:
                     click.clear()

@@ -20,7 +20,7 @@ from typing import Any
 
 from .model import Attachment, NodeFacts, Publication
 from .owners import owner_of
-from .rules import Layout
+from .rules import Gate, Layout, Place
 
 DEFAULT_DIRECTORY = "/run/ctrport"
 
@@ -228,7 +228,13 @@ def networks(facts: NodeFacts, amiss: Mapping[str, str]) -> list[NetworkStatus]:
 
 def layout(its: Layout) -> dict[str, Any]:
     """Return what shapes the rules as it is shown."""
-    return {**asdict(its), "position": its.position.value}
+    return {**asdict(its), "position": its.position.value, "gates": [asdict(gate) for gate in its.gates]}
+
+
+def layout_of(shown: Mapping[str, Any]) -> Layout:
+    """Return what was shown so. Raises ``ValueError``, ``TypeError`` or ``KeyError`` where it was not."""
+    gates = tuple(Gate(**gate) for gate in shown["gates"])
+    return Layout(**{**shown, "position": Place(shown["position"]), "gates": gates})
 
 
 def shown(moment: datetime) -> str:

@@ -493,11 +493,11 @@ def test_ps_check_without_daemon_and_root_is_a_line_too(ctrport: Run, tmp_path: 
 def test_ps_watch_prints_a_block_for_each_change(
     ctrport: Run, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waiting = replace(ACTIVE, state="waiting", reason="it is gone", since="")
+    waiting = replace(ACTIVE, state="waiting", reason="it is \x1b[2J gone", since="")
     steps: list[Status] = [
         replace(RUNNING, publications=[ACTIVE], events=1),
         replace(RUNNING, publications=[ACTIVE], events=2, updated="later"),  # no news
-        replace(RUNNING, publications=[waiting]),
+        replace(RUNNING, publications=[waiting], warnings=["\x1b[2J"]),
     ]
     slept: list[float] = []
 

@@ -246,6 +246,27 @@ def test_what_nft_cannot_write_of_a_comment_is_written_behind_it() -> None:
     assert any("n" * 70 in element.comment for element in held(table))
 
 
+def test_a_plan_is_shown_raw_as_nft_would_load_it() -> None:
+    table = MemoryTable()
+    rules = wanted(Layout(), [active("8080:80"), active("8081:81", "172.17.0.3", name="db")])
+
+    async def script(rules: Iterable[Rule]) -> list[str]:
+        firewall = OwnTable(table, Layout())
+        await firewall.read()
+        return await firewall.script(firewall.plan(rules))
+
+    first = asyncio.run(script(rules))
+    assert first.count("nft -f - <<'EOF'") == first.count("EOF") == 2  # what stands, and then the elements
+    assert any("tcp . 8081" in line for line in first[first.index("EOF") :])
+    fit(table, Layout(), rules)
+    assert asyncio.run(script(rules)) == []
+    second = asyncio.run(script(wanted(Layout(), [active("8080:80")])))
+    assert (second[0], second[-1]) == ("nft -f - <<'EOF'", "EOF")
+    assert all(line.startswith("delete element ip ctrport ") for line in second[1:-1])
+    content(table).sets["published"] = HeldSet(8, 0, False, False)
+    assert asyncio.run(script(rules)).count("EOF") == 1  # all at once
+
+
 def test_what_a_former_layout_had_goes_with_its_sets_and_chains() -> None:
     here = Access((ip_network("192.0.2.0/24"),), "eth1")
     layout, table = Layout(gates=EVERY_GATE), MemoryTable()

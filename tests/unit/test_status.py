@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from ctrport import status
 from ctrport.model import Publication, State
+from ctrport.rules import Gate, Layout, Place
 from ctrport.status import AlreadyRunning, AttachmentStatus, PublicationStatus, Status
 from tests.unit.worlds import active
 
@@ -79,6 +81,14 @@ def test_a_publication_without_a_container_is_shown_without_a_name() -> None:
     unmatched = Publication(active("8080:80").mapping, "config.yaml:7", None, State.WAITING, "nobody")
     shown = PublicationStatus.of(unmatched, "")
     assert (shown.namespace, shown.container, shown.addresses, shown.reason) == ("", "", [], "nobody")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout("CTRPORT", Place.LAST, localhost=False, networks=True, gates=(Gate(4, 24, interface=True),))],
+)
+def test_what_shapes_the_rules_is_read_as_it_was_shown(layout: Layout) -> None:
+    assert status.layout_of(json.loads(json.dumps(status.layout(layout)))) == layout
 
 
 def test_times_are_shown_to_the_second() -> None:

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
 from ctrport.firewall.tables import Tables
-from ctrport.firewall.text import TAG, arguments, counts, diff, holders, listing, owner, restore_input, saved, tag
+from ctrport.firewall.text import (
+    TAG,
+    arguments,
+    counts,
+    diff,
+    holders,
+    listing,
+    owner,
+    restore_input,
+    saved,
+    shell,
+    tag,
+)
 from ctrport.model import (
     IDENTIFIER_MAX,
     Attachment,
@@ -68,6 +80,12 @@ def test_what_rules_of_ours_counted_is_read_out_of_one_chain_whatever_others_wri
     )
     assert counts(text, "DOCKER") == [(its, Count(3, 180))]
     assert counts(text, "ABSENT") == []
+
+
+def test_a_text_is_read_by_a_program_as_it_is() -> None:
+    lines = shell("cat", '*nat\n-A DOCKER -m comment --comment "$(x) `y` \\\\"\nCOMMIT\n')
+    assert lines == ["cat <<'EOF'", "*nat", '-A DOCKER -m comment --comment "$(x) `y` \\\\"', "COMMIT", "EOF"]
+    assert shell("cat", "") == []
 
 
 @pytest.mark.parametrize("text", ["", "ctrport web", "docker web 0123456789ab", "ctrport  0123456789ab", "ctrport a b"])
