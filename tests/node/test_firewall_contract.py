@@ -15,6 +15,7 @@ from typing import TypeVar
 import pytest
 
 from ctrport.firewall import FirewallError, Refused, Unusable
+from ctrport.firewall.alarm import NftAlarm
 from ctrport.firewall.door import Door
 from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
@@ -23,7 +24,7 @@ from ctrport.firewall.nftables import OwnTable
 from ctrport.firewall.sets import table
 from ctrport.firewall.tables import Tables
 from ctrport.model import Family, Protocol, Publication
-from ctrport.nfnetlink import NfTables
+from ctrport.nfnetlink import NfTables, Writer
 from ctrport.nlmsg import Message
 from ctrport.rules import Layout, Rule, Ruleset, Table, rules_for
 from embedded.host import Host, inside
@@ -243,6 +244,29 @@ class TestNftTable(FirewallContract):
             "nft", "add", "element", *table(grounds.family).split(" "), "host-ports", f"{{ tcp . 8080 : {to} . 80 }}"
         )
         run(after())
+
+
+@pytest.mark.parametrize("numbers_known", [True, False])
+def test_the_alarm_does_not_ring_for_changes_of_this_process(host: Host, numbers_known: bool) -> None:
+    async def work() -> None:
+        alarm = NftAlarm()
+        alarm._numbers_known = numbers_known
+        rules = Ruleset(wanted(Family.IPV4, ()))
+        firewall = OwnTable(NftTable(Family.IPV4, alarm.disregard), LAYOUT)
+        await firewall.read()
+        await firewall.apply(firewall.plan(rules))
+        for number in range(8000, 8100):
+            its = [rule for rule in rules_for(active(f"{number}:80"), LAYOUT) if rule.family is Family.IPV4]
+            await firewall.apply(firewall.plan_change(rules.replace((), its)))
+        await firewall.close()
+        process = await asyncio.create_subprocess_exec("nft", "add", "table", "ip", "other")
+        await process.wait()
+        async for writer in alarm:
+            assert writer == Writer(process.pid, "nft")
+            break
+        alarm.close()
+
+    in_namespace_of(host, work())
 
 
 def test_a_change_is_as_many_bytes_whatever_the_table_holds(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
