@@ -118,12 +118,12 @@ def test_no_port_is_dark_while_the_backend_changes_and_nothing_is_left_of_the_on
         for turn, (before, after) in enumerate(itertools.pairwise(turns), 1):
             opened_before = caller.opened
             configure(ctrport, after)
-            done = f"what another firewall.backend had written is deleted ({before})\n"
+            done = f"what another firewall.backend had written is deleted ({before})"
             eventually(
-                lambda turn=turn: ctrport.messages.count("the configuration was read anew") == turn,  # type: ignore[misc]
+                lambda turn=turn: ctrport.messages.count(" reloaded ") == turn,  # type: ignore[misc]
                 what=f"the change from {before} to {after}",
             )
-            assert ctrport.messages.rpartition(f"backend {after}: ")[2].count(done) == 2  # in each family
+            assert ctrport.messages.rpartition(f" firewall backend={after} ")[2].count(done) == 2  # in each family
             assert tagged(node, before, lock) == 0
             assert tagged(node, after, lock) > 0
             # Some go through what is there now alone.
