@@ -132,7 +132,7 @@ def test_drift_is_counted_and_a_counter_that_begins_anew_is_taken_for_that(world
     wait_open(world.node, 8080, "web")
     world.connect(2)
     asks.wait("ctrport_drift_repairs_total", 1)
-    [gone] = re.findall(r"drift: (\d+) rules gone", world.ctrport.messages)
+    [gone] = re.findall(r'drift what="(\d+) rules gone', world.ctrport.messages)
     assert asks.value('ctrport_drift_repaired_total{kind="missing"}') == int(gone)
     assert asks.value("ctrport_drift_duration_seconds_count") == 1
     assert 0 < (asks.value("ctrport_drift_duration_seconds_sum") or 0) < 10

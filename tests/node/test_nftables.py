@@ -389,7 +389,7 @@ def test_a_table_of_others_that_drops_is_warned_of(world: World) -> None:
     warning = "the chain forward of the table inet other drops what it does not let through itself"
     eventually(lambda: any(warning in said for said in world.warnings), what="the warning")
     assert f"warning: {warning}" in world.ctrport.run("ps").stderr
-    assert f"WARNING {warning}" in world.ctrport.messages
+    assert f'WARNING note text="{warning}' in world.ctrport.messages
     assert isinstance(probe_tcp(world.node.client, world.node.address, 8080, timeout=0.3), TimedOut)
     [said] = [each for each in world.warnings if warning in each]
     world.node.run(*said.partition("`")[2].rstrip("`").split(" "))  # as it says

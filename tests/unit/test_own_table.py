@@ -253,7 +253,7 @@ def test_a_plan_is_shown_raw_as_nft_would_load_it() -> None:
     async def script(rules: Iterable[Rule]) -> list[str]:
         firewall = OwnTable(table, Layout())
         await firewall.read()
-        return await firewall.script(firewall.plan(rules))
+        return firewall.script(firewall.plan(rules))
 
     first = asyncio.run(script(rules))
     assert first.count("nft -f - <<'EOF'") == first.count("EOF") == 2  # what stands, and then the elements

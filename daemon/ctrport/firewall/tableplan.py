@@ -19,6 +19,7 @@ from .elements import elements
 from .plan import Plan
 from .sets import Element, Set, add, delete, gate_map, outermost, table
 from .standing import SOMETIMES, Chain, Hook, Standing
+from .text import shell
 
 #: What the program nft writes of a comment.
 _NFT_COMMENT = 128
@@ -187,8 +188,8 @@ class TablePlan:
         gone, come = self.elements
         words = [delete(element, sets[element.set], family) for element in gone]
         words += [add(_short(element), sets[element.set], family) for element in come]
-        blocks = [block for block in (self.text.splitlines(), words) if block]
-        return [line for block in blocks for line in ("nft -f - <<'EOF'", *block, "EOF")]
+        texts = (self.text, "".join(f"{line}\n" for line in words))
+        return [line for text in texts for line in shell("nft -f -", text)]
 
     def diff(self) -> list[str]:
         """Return it for people, in the words of nft."""

@@ -16,7 +16,7 @@ from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
 from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
-from .text import diff, holders, listing, owner, restore_input, saved, tag
+from .text import diff, holders, listing, owner, restore_input, saved, shell, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
@@ -224,8 +224,7 @@ def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
 
 def script(kernel: Kernel, plan: Plan) -> list[str]:
     """Return a plan as lines of shell that write what ``Kernel.restore`` would, byte for byte; none where nothing."""
-    # No line of a plan is that word: each is a table, a chain, an operation or COMMIT.
-    return [f"{kernel.writer} <<'EOF'", *restore_input(plan).split("\n")[:-1], "EOF"] if plan else []
+    return shell(kernel.writer, restore_input(plan))
 
 
 async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:

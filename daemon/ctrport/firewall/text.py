@@ -63,6 +63,12 @@ def restore_input(plan: Plan) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+def shell(program: str, text: str) -> list[str]:
+    """Return lines of shell by which a program reads a text of ours; none where that is empty."""
+    # No line is that word: what is written are tables, chains, rules, sets and COMMIT.
+    return [f"{program} <<'EOF'", *text.split("\n")[:-1], "EOF"] if text else []
+
+
 _PRINTED = re.compile(r'(?:[^"\n]+|"(?:[^"\\]|\\.)*"|")+', re.DOTALL)
 
 
