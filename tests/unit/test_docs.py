@@ -11,6 +11,7 @@ import pytest
 
 from ctrport import cli, config, terminal
 from ctrport.events import KINDS
+from ctrport.explain.fate import Cause
 from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.nftports import CHAINS
@@ -127,10 +128,15 @@ def test_each_condition_of_an_entry_is_explained() -> None:
 
 
 def test_the_transcripts_of_explain_are_what_it_says() -> None:
-    golden = Path(__file__).with_name("golden")
-    assert (golden / "explain-dropped-by-the-operator.txt").read_text() in _operating()
-    end = (golden / "explain-works.txt").read_text().splitlines(keepends=True)[-5:]
+    golden = Path(__file__).with_name("golden") / "explain"
+    assert (golden / "dropped-by-the-operator.txt").read_text() in _operating()
+    end = (golden / "works.txt").read_text().splitlines(keepends=True)[-5:]
     assert "".join(end) in _operating()
+
+
+def test_each_cause_that_explain_names_is_listed() -> None:
+    listed = _operating().partition("A cause is one of ")[2].partition(".")[0]
+    assert re.findall(r"`([a-z0-9-]+)`", listed) == [cause.value for cause in Cause]
 
 
 def test_whatever_holds_a_port_is_named() -> None:

@@ -20,7 +20,7 @@ from ctrport.explain.whose import chain_owner
 from ctrport.model import Access, ContainerKey, Family, Protocol
 from tests.unit.ways import ACTIVE, CLIENT, NODE, NODE6, OURS, SIBLING, WEB, WEB6, World, inhabitant
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).with_name("golden") / "explain"
 
 KUBE = (Path(__file__).parents[1] / "node" / "rulesets" / "kube-proxy.iptables").read_text()
 
@@ -491,14 +491,14 @@ def test_what_is_said(name: str) -> None:
     assert said.sentence.startswith(beginning[case.outcome])
     assert said.mend in said.sentence
     assert "\n" not in said.sentence
-    path = GOLDEN / f"explain-{name}.txt"
+    path = GOLDEN / f"{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(said.transcript)
     assert said.transcript == path.read_text()
 
 
 def test_every_golden_transcript_has_its_case() -> None:
-    assert {path.stem for path in GOLDEN.glob("explain-*.txt")} == {f"explain-{name}" for name in CASES}
+    assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
 
 
 def test_every_cause_is_tried() -> None:

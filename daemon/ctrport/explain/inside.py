@@ -1,7 +1,7 @@
 """Who is at an address: the network namespaces of this node, by what /proc shows of them. None is entered.
 
-Containers are told by containerd. What it does not know (a container of another runtime, a virtual machine's tap) is
-found by its processes, and called after one of them.
+Containers are told by containerd. What it does not know, such as a container of Podman's, is found by its processes,
+and called after one of them. What a virtual machine has for itself is in none of this.
 """
 
 from __future__ import annotations

@@ -97,24 +97,16 @@ def _frames(packet: Packet, facts: Facts) -> Iterator[str]:
     if not facts.bridges & {packet.in_device, packet.out_device}:
         return
     for table in facts.rules.tables:
-        bases = [chain for chain in table.chains.values() if chain.base is not None]
-        if table.family == "bridge" and any(
-            chain.rules or chain.base.policy == "drop" for chain in bases if chain.base
-        ):
+        bases = [(chain, chain.base) for chain in table.chains.values() if chain.base is not None]
+        if table.family == "bridge" and any(chain.rules or base.policy == "drop" for chain, base in bases):
             yield f"the table bridge {table.name} has rules about what bridges send on, which are not looked into"
 
 
 def _judged(packet: Packet, facts: Facts, fate: Fate) -> Judgement:
     """Return what a fate means for what is declared."""
-    if (
-        fate.cause is Cause.DROPPED
-        and fate.at is not None
-        and fate.at.rule is not None
-        and fate.at.rule.tag is not None
-    ):
-        whose = owner(fate.at.rule.tag)
-        if whose.startswith("network "):
-            return Judgement(replace(fate, cause=Cause.ISOLATED))
+    rule = fate.at.rule if fate.at is not None else None
+    if fate.cause is Cause.DROPPED and rule is not None and owner(rule.tag or "").startswith("network "):
+        return Judgement(replace(fate, cause=Cause.ISOLATED))
     port = packet.destination.port
     at_node = facts.is_own(packet.destination.address)
     about = [each for each in facts.declared if at_node and port and each.covers(packet.protocol, port)]
