@@ -489,6 +489,25 @@ def test_without_nft_the_daemon_says_so(node: Node, ctrport: Ctrport) -> None:
     assert "Traceback" not in ctrport.messages
 
 
+def test_a_node_without_iptables_publishes_and_is_cleaned(node: Node, ctrport: Ctrport) -> None:
+    programs = node.directory / "programs"
+    programs.mkdir()
+    for name in ("nft", "conntrack"):
+        (programs / name).symlink_to(node.run("sh", "-c", f"command -v {name}").stdout.strip())
+    without = {"PATH": str(programs)}
+    Server(node.start("web", network=node.networks[0]), 80)
+    node.run("nft", "flush", "ruleset")  # what CNI has there would be asked for
+    before = listed(node, "ruleset")
+    ctrport.configure(PUBLISH)
+    ctrport.start(env=without)
+    wait_open(node, 8080, "web")
+    assert ctrport.status()["warnings"] == []
+    assert "WARNING" not in ctrport.messages
+    ctrport.stop()
+    assert ctrport.run("clean", env=without).stdout == "every rule of ctrport is removed\n"
+    assert listed(node, "ruleset") == before
+
+
 def test_names_as_long_as_containerd_takes_are_written_and_listed(node: Node, ctrport: Ctrport) -> None:
     namespace, name = "n" * 60, "c" * 70
     Server(node.start(name, namespace=namespace), 80)
