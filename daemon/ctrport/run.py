@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -72,6 +73,8 @@ async def run(config: Config, path: str, directory: Path) -> None:
     Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
     """
     scheduling.ask_for_short_turns()  # before anything has threads
+    # Next to nothing here goes round in circles, and to look for that after each 700 new values stops all else.
+    gc.set_threshold(20_000, 20, 20)
     log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
     kept = systemd.received()
     store = systemd.FileStore(systemd.manager(), inheritable_sockets())
