@@ -140,6 +140,16 @@ class NfTables(Conversation):
                 found.append(BaseChain(text(its[1]), text(its[3]), _accepts(its)))
         return found
 
+    def has_chain(self, family: int, table: str, chain: str) -> bool:
+        """Whether there is a chain of that name."""
+        try:
+            self.ask(_GETCHAIN, _head(family, table) + attribute(3, chain.encode() + b"\0"))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        return True
+
     def accepts(self, family: int, table: str, chain: str) -> bool:
         """Whether what a chain lets pass to its end goes on, by its policy; also where there is no such chain."""
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
@@ -309,6 +310,7 @@ class Reconciler:
         self._on_change()
         await self._dataplane.sweep()
         await self._dataplane.prepare()
+        gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it

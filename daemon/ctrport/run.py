@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -83,6 +84,8 @@ async def run(config: Config, path: str, directory: Path, lock: status.Lock) -> 
     on.
     """
     scheduling.ask_for_short_turns()  # before anything has threads
+    # Next to nothing here goes round in circles, and to look for that after each 700 new values stops all else.
+    gc.set_threshold(20_000, 20, 20)
     try:
         await _run(config, path, directory, lock)
     except (FirewallError, ContainerdError) as error:
