@@ -149,7 +149,7 @@ def _rounds(node: Node, count: int, interrupts: Interrupts) -> list[Round]:
     daemon.start()
     other = node.start("portmap", command=SERVER)
     # One more port is what a node in use sees; what the first one on a bridge takes more is there for both by now.
-    portmap.call(node, "ADD", node.start(NEIGHBOUR, command=SERVER), PORTMAP_NEIGHBOUR, CONTAINER_PORT)
+    portmap.call(node, "ADD", node.start(NEIGHBOUR, command=SERVER), {PORTMAP_NEIGHBOUR: CONTAINER_PORT})
     for port in (CTRPORT_NEIGHBOUR, PORTMAP_NEIGHBOUR):
         _answers(node, port)
     rounds: list[Round] = []
@@ -189,7 +189,7 @@ def _ctrport_answer(node: Node, events: Path, id: str) -> float:
 
 def _portmap_commit(node: Node, commits: Commits, container: Container) -> tuple[float, float]:
     """Have portmap publish a port, and return how long it took until its exit and until its last commit."""
-    ran = portmap.call(node, "ADD", container, PORTMAP_PORT, CONTAINER_PORT)
+    ran = portmap.call(node, "ADD", container, {PORTMAP_PORT: CONTAINER_PORT})
     commit = commits.last(PORTMAP_WRITER, ran.began)
     _unmap(node, container)
     return _ms(ran.began, ran.ended), _ms(ran.began, commit.at)
@@ -197,7 +197,7 @@ def _portmap_commit(node: Node, commits: Commits, container: Container) -> tuple
 
 def _portmap_answer(node: Node, container: Container) -> float:
     with Knocking(node.client, node.address, PORTMAP_PORT) as knocking:
-        ran = portmap.call(node, "ADD", container, PORTMAP_PORT, CONTAINER_PORT)
+        ran = portmap.call(node, "ADD", container, {PORTMAP_PORT: CONTAINER_PORT})
         opened = _opened(knocking, "portmap")
     _unmap(node, container)
     return _ms(ran.began, opened)
@@ -211,7 +211,7 @@ def _delete(node: Node, container: Container) -> None:
 
 def _unmap(node: Node, container: Container) -> None:
     _answers(node, PORTMAP_PORT)
-    portmap.call(node, "DEL", container, PORTMAP_PORT, CONTAINER_PORT)
+    portmap.call(node, "DEL", container, {PORTMAP_PORT: CONTAINER_PORT})
     _refuses(node, PORTMAP_PORT)
 
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -105,17 +105,22 @@ class Story:
 
 
 class Daemon:
-    """ctrport on the node, told by the same protocol as under systemd when it is ready."""
+    """ctrport on the node, told by the same protocol as under systemd when it is ready.
 
-    def __init__(self, node: Node, config: Path) -> None:
+    ``env`` is added to its environment.
+    """
+
+    def __init__(self, node: Node, config: Path, env: Mapping[str, str] | None = None) -> None:
+        self._env = dict(env or {})
         self.log = node.directory / "ctrport.log"
         self._node = node
         self._config = config
         self._process: subprocess.Popen[str] | None = None
 
-    def start(self) -> None:
+    def start(self, *, within: float = PATIENCE) -> None:
         """Start it and wait until it says READY=1, which it does once the kernel holds what it should."""
         address = self._node.directory / "notify"
+        address.unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified, self.log.open("a") as log:
             notified.bind(str(address))
             notified.settimeout(0.05)
@@ -130,7 +135,7 @@ class Daemon:
                     return "READY=1" in notified.recv(4096).decode().splitlines()
                 return False
 
-            _held(eventually(ready, within=PATIENCE, what="ctrport being ready"), "ctrport did not become ready")
+            _held(eventually(ready, within=within, what="ctrport being ready"), "ctrport did not become ready")
 
     @property
     def pid(self) -> int:
@@ -155,7 +160,7 @@ class Daemon:
 
     @property
     def _environment(self) -> dict[str, str]:
-        return {"PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1"}
+        return {"PYTHONPATH": str(ROOT / "daemon"), "PYTHONDONTWRITEBYTECODE": "1", **self._env}
 
     @staticmethod
     def _argv(*arguments: str) -> tuple[str, ...]:

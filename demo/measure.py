@@ -53,13 +53,16 @@ class Knocking:
             self._end.wait(PAUSE)
 
 
-_START = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d+))? \+0000 UTC \S+ /tasks/start (.*)$", re.MULTILINE)
+_EVENT = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:\.(\d+))? \+0000 UTC \S+ (/\S+) (.*)$", re.MULTILINE)
 
 
-def started_at(events: Path, container: str) -> datetime:
-    """Return the timestamp of a container's start event in what ``ctr events`` wrote. Raises ``ValueError``."""
-    for seconds, fraction, payload in _START.findall(events.read_text()):
-        if f'"container_id":"{container}"' in payload:
+def started_at(events: Path, container: str, topic: str = "/tasks/start") -> datetime:
+    """Return the timestamp of a container's start event in what ``ctr events`` wrote. Raises ``ValueError``.
+
+    Or of another event about its task, by its topic.
+    """
+    for seconds, fraction, its, payload in _EVENT.findall(events.read_text()):
+        if its == topic and f'"container_id":"{container}"' in payload:
             whole = datetime.strptime(seconds, "%Y-%m-%d %H:%M:%S").replace(tzinfo=timezone.utc)
             return whole.replace(microsecond=int(f"{fraction:0<9}"[:6]))
     raise ValueError(f"containerd announced no start of {container}")

@@ -52,8 +52,8 @@ class DockerContainer(Place):
 class Dockerd:
     """A dockerd of one node, whose containerd runs. Ends with the node, or by ``stop``.
 
-    ``bridge_address`` is that of docker0, with the length of the prefix. There is no userland proxy: what reaches a
-    published port does so by iptables.
+    ``bridge_address`` is that of docker0, with the length of the prefix. ``programs`` is the directory that comes first
+    in its PATH, with the iptables that it runs.
     """
 
     def __init__(self, node: Node, *, bridge_address: str = "172.17.0.1/16") -> None:
@@ -63,15 +63,24 @@ class Dockerd:
         self.node = node
         self.log = node.directory / "dockerd.log"
         self._bridge_address = bridge_address
-        self._programs = node.directory / "dockerd-programs"
+        self.programs = node.directory / "dockerd-programs"
         self._cgroup = "dockerd"
         self._process: subprocess.Popen[str] | None = None
         self._containers: list[DockerContainer] = []
-        node.script(_SETTLE, str(self._programs))
+        node.script(_SETTLE, str(self.programs))
         node.at_close(self.stop)
 
-    def start(self, *, within: float = 20.0) -> None:
-        """Start it, and wait until it answers; containers that it is to restart are there on return."""
+    @property
+    def pid(self) -> int:
+        """Its number on the machine."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self, *, proxy: bool = False, within: float = 20.0) -> None:
+        """Start it, and wait until it answers; containers that it is to restart are there on return.
+
+        Without its userland ``proxy`` what reaches a published port does so by iptables, also from the node itself.
+        """
         if self._process is not None:
             raise RuntimeError("dockerd is running already")
         options = {
@@ -81,13 +90,13 @@ class Dockerd:
             "exec-root": "/run/docker",
             "pidfile": "/run/docker.pid",
             "storage-driver": "vfs",
-            "userland-proxy": "false",
+            "userland-proxy": str(proxy).lower(),
             "bip": self._bridge_address,
             "exec-opt": "native.cgroupdriver=cgroupfs",
             "cgroup-parent": f"/{self.node.directory.name}/{self._cgroup}",
         }
         argv = [f"--{name}={value}" for name, value in options.items()]
-        path = self.node.run("sh", "-c", 'echo "$1:$PATH"', "sh", str(self._programs)).stdout.strip()
+        path = self.node.run("sh", "-c", 'echo "$1:$PATH"', "sh", str(self.programs)).stdout.strip()
         with self.log.open("a") as log:
             dockerd = self.node.spawn(
                 "env", f"PATH={path}", "dockerd", *argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -117,16 +126,16 @@ class Dockerd:
             self._process.wait(20)
             self._process = None
 
-    def docker(self, *argv: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def docker(self, *argv: str, check: bool = True, timeout: float = 30) -> subprocess.CompletedProcess[str]:
         """Run a command of docker's."""
-        return self.node.run("docker", "--host", _SOCKET, *argv, check=check)
+        return self.node.run("docker", "--host", _SOCKET, *argv, check=check, timeout=timeout)
 
-    def run(self, name: str, *published: str, options: tuple[str, ...] = ()) -> DockerContainer:
+    def run(self, name: str, *published: str, options: tuple[str, ...] = (), timeout: float = 30) -> DockerContainer:
         """Start a container as `docker run -p` does; it comes back with dockerd where ``options`` say so."""
         ports = [word for spec in published for word in ("--publish", spec)]
         # Its first process has no handler for SIGTERM, which is ignored then.
         argv = ["run", "--detach", "--stop-signal", "KILL", "--name", name, *ports, *options]
-        self.docker(*argv, IMAGE, "/bin/sleep", "600")
+        self.docker(*argv, IMAGE, "/bin/sleep", "600", timeout=timeout)
         return self.container(name)
 
     def container(self, name: str) -> DockerContainer:
@@ -136,10 +145,10 @@ class Dockerd:
         self._containers.append(place)
         return place
 
-    def remove(self, container: DockerContainer) -> None:
+    def remove(self, container: DockerContainer, *, timeout: float = 30) -> None:
         """Kill a container, and remove it."""
         self._forget([container])
-        self.docker("rm", "--force", container.id)
+        self.docker("rm", "--force", container.id, timeout=timeout)
 
     def _outer_pid(self, found: dict[str, Any]) -> int:
         return self.node.outer_pid(f"{self._cgroup}/{found['Id']}", found["State"]["Pid"])

@@ -160,13 +160,20 @@ class Systemd:
             os.close(one.file)
 
     def _store(self, files: list[int], name: str, polled: bool) -> None:
+        there = {_identity(one.file) for one in self._stored}
         for file in files:
-            if any(os.path.sameopenfile(file, one.file) for one in self._stored):
+            if _identity(file) in there:
                 continue  # under its first name
+            there.add(_identity(file))
             if len(self._stored) >= self.most:
                 self.refused += 1
             else:
                 self._stored.append(Stored(name, os.dup(file), polled))
+
+
+def _identity(file: int) -> tuple[int, int]:
+    its = os.fstat(file)
+    return its.st_dev, its.st_ino
 
 
 def _files(rights: list[tuple[int, int, bytes]]) -> array.array[int]:

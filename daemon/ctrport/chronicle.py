@@ -1,4 +1,4 @@
-"""What happened, told once: since when each publication is as it is, and a line in the log for each change."""
+"""What happened, told once: since when each publication is as it is, and an event for each change."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 
+from .events import Event
 from .firewall.drift import Drift
 from .model import Publication, State
+from .owners import owner_of
 from .publish import Change
 from .status import PublicationStatus, shown
 from .suspicion import Grounds
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -23,15 +26,20 @@ TELL_WITHIN, TELL_SAME, TELL_MOST = 60.0, 3, 20
 class Chronicle:
     """Keeps since when each publication is as it is, and what was repaired.
 
-    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was.
+    ``repairs`` counts what others had done to rules of ours, ``last_repair`` says what the last of it was. ``tally``
+    has how long things took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tally: Tally | None = None) -> None:
+        self._tally = Tally() if tally is None else tally
         self.repairs = 0
         self.last_repair = ""
         self._told: list[tuple[tuple[str, ...], float]] = []  # what was done, by whom, and when it was told
         self._since: dict[tuple[str, str, str], datetime] = {}
         self._untold: dict[tuple[str, str, str], tuple[Change, float | None]] = {}
+        # By the id of the publication, as to look for it by value takes as long as to show it anew.
+        self._shown: dict[int, tuple[Publication, PublicationStatus]] = {}
+        self._shown_with = ""  # the problem that they were shown with
 
     def take(self, changes: Iterable[Change], since: float | None) -> None:
         """Take in what changed; ``since`` is when the event came that led to it."""
@@ -45,7 +53,7 @@ class Chronicle:
                 self._untold[_name(publication)] = (change, since)
 
     def tell(self, remark: Callable[[Publication], str], *, in_line: bool) -> None:
-        """Log what was taken in, with what else there is to say of it.
+        """Tell what was taken in, with what else there is to say of it.
 
         Not that something is published, or not any more, before the kernel is ``in_line`` with that.
         """
@@ -60,32 +68,48 @@ class Chronicle:
         publication = change.after or change.before
         assert publication is not None
         key = _name(publication)
+        self._shown.pop(id(change.after), None)
         if change.after is None:
             self._since.pop(key, None)
             if publication.state is State.ACTIVE:
-                log.info("withdrawn %s mapping=%s", _subject(publication), publication.bound)
+                log.info(Event("withdrawn", **_subject(publication), mapping=str(publication.bound)))
             return
         if change.before is None or change.before.state is not change.after.state:
             self._since[key] = datetime.now(timezone.utc)
+        elif change.before.place and change.after.place:
+            return  # each step of each that stands in a line would be told
         if publication.state is State.ACTIVE:
-            took = "" if since is None else f" after={(time.monotonic() - since) * 1000:.1f}ms"
-            where = ",".join(str(attachment.address) for attachment in publication.attachments)
-            log.info("published %s mapping=%s address=%s%s", _subject(publication), publication.bound, where, took)
-            if remark:
-                log.info("%s mapping=%s is %s", _subject(publication), publication.bound, remark)
-        else:
-            level = logging.INFO if publication.container is None else logging.WARNING
-            log.log(
-                level,
-                "%s %s mapping=%s source=%s reason=%r",
-                *(publication.state, _subject(publication), publication.asked),
-                *(publication.source, publication.reason),
+            before = change.before
+            fell_free = before is not None and (before.state is State.CONFLICT or before.place > 0)
+            took = None if since is None else time.monotonic() - since
+            if took is not None:
+                self._tally.opened.observe(took)
+            event = Event(
+                "taken-over" if fell_free else "published",
+                **_subject(publication),
+                mapping=str(publication.bound),
+                address=",".join(str(attachment.address) for attachment in publication.attachments),
+                was=before.reason if before is not None and fell_free else "",
+                remark=remark,
+                after="" if took is None else f"{took * 1000:.1f}ms",
             )
+            log.info(event)
+        else:
+            event = Event(
+                str(publication.state),
+                **_subject(publication),
+                mapping=str(publication.asked),
+                source=publication.source,
+                reason=publication.reason,
+            )
+            expected = publication.container is None or publication.place
+            log.log(logging.INFO if expected else logging.WARNING, event)
 
     def compared(self, told: Sequence[Publication], changes: Sequence[Change]) -> list[Change]:
         """Return how what begins anew differs from what was told before; the rest has been so since when it was."""
         left = {_wherever(publication): publication for publication in told}
         since, self._since = self._since, {}
+        self.look_anew()
         news = []
         for after in (change.after for change in changes if change.after is not None):
             before = left.pop(_wherever(after), None)
@@ -95,35 +119,76 @@ class Chronicle:
                 news.append(Change(before, after))
         return news + [Change(before, None) for before in left.values()]
 
-    def shown(self, publication: Publication, remark: str, problem: str) -> PublicationStatus:
+    def shown(self, publication: Publication, remark: str, problem: str, process: int = 0) -> PublicationStatus:
         """Return a publication as it is shown; with a ``problem`` nothing is sure to be in the kernel."""
         since = self._since.get(_name(publication))
+        its = publication
         if publication.state is State.ACTIVE:
             if problem:
-                publication = replace(publication, state=State.WAITING, reason=problem, bound=None)
+                its = replace(publication, state=State.WAITING, reason=problem, bound=None)
             else:
-                publication = replace(publication, reason=remark)
-        return PublicationStatus.of(publication, shown(since) if since else "")
+                its = replace(publication, reason=remark)
+        owner = owner_of(publication) if publication.bound is not None else ""
+        return PublicationStatus.of(its, shown(since) if since else "", process, owner)
+
+    def all_shown(
+        self,
+        publications: Iterable[Publication],
+        remark: Callable[[Publication], str],
+        problem: str,
+        process: Callable[[Publication], int] = lambda _: 0,
+    ) -> list[PublicationStatus]:
+        """Return publications as they are shown. Those of which nothing was told since the last time are as they were.
+
+        For there may be thousands, and one that has changed.
+        """
+        if problem != self._shown_with:
+            self.look_anew()
+        self._shown_with = problem
+        known, found = self._shown, list[PublicationStatus]()
+        for publication in publications:
+            its = known.get(id(publication))
+            if its is None:
+                shown = self.shown(publication, remark(publication), problem, process(publication))
+                its = known[id(publication)] = (publication, shown)
+            found.append(its[1])
+        if len(known) > 2 * len(found):  # most of them are over
+            self.look_anew()
+        return found
+
+    def look_anew(self) -> None:
+        """Show every publication anew the next time: what there is to say of them may have changed."""
+        self._shown.clear()
 
     def repaired(self, drift: Drift, grounds: Grounds, looked_at: float) -> None:
-        """Take in what others had done to ours, and log it; not each time, where they do it again and again.
+        """Take in what others had done to ours, and tell it; not each time, where they do it again and again.
 
         ``looked_at`` is when all was right for the last time. Which process it was makes no difference: a script that
         deletes a rule in a loop is another one each time.
         """
         now = time.monotonic()
-        by, gone, writers = "", f"at most {now - looked_at:.0f} s", set[str]()
+        event = Event("drift", what=str(drift), within=f"{now - looked_at:.0f}s")
+        said, gone, lasted, writers = "", f"at most {now - looked_at:.0f} s", now - looked_at, set[str]()
         if drift.in_tables and grounds.since is not None and grounds.writers:
+            lasted = now - grounds.since
             writers = {writer.partition(" (pid ")[0] for writer in grounds.writers}
-            by = f", by {' or '.join(grounds.writers)}"
-            gone = f"{(now - grounds.since) * 1000:.0f} ms"
+            by = " or ".join(grounds.writers)
+            event = Event("drift", what=str(drift), by=by, after=f"{lasted * 1000:.0f}ms")
+            said, gone = f", by {by}", f"{lasted * 1000:.0f} ms"
         what = (str(drift), *sorted(writers))
         self.repairs += 1
-        self.last_repair = f"{drift}{by}; repaired after {gone}"
+        self._tally.drift_lasted.observe(lasted)
+        self._tally.drift.update(
+            missing=len(drift.gone),
+            misplaced=len(drift.astray),
+            surplus=drift.surplus,
+            route_localnet=len(drift.switches),
+        )
+        self.last_repair = f"{drift}{said}; repaired after {gone}"
         self._told = [(told, at) for told, at in self._told if now < at + TELL_WITHIN]
         if sum(told == what for told, _ in self._told) < TELL_SAME and len(self._told) < TELL_MOST:
             self._told.append((what, now))
-            log.warning("drift: %s", self.last_repair)
+            log.warning(event)
 
 
 def _name(publication: Publication) -> tuple[str, str, str]:
@@ -141,7 +206,7 @@ def _said(publication: Publication) -> tuple[object, ...]:
     return (publication.state, publication.reason, publication.bound, addresses)
 
 
-def _subject(publication: Publication) -> str:
+def _subject(publication: Publication) -> dict[str, str]:
     if publication.pod is not None:
-        return f"pod={publication.pod} sandbox={publication.container}"
-    return f"container={publication.container or 'none'}"
+        return {"pod": publication.pod, "sandbox": str(publication.container)}
+    return {"container": str(publication.container or "none")}

@@ -19,10 +19,10 @@ from . import ports
 from .claims import Claims
 from .declared import Kind, Permission
 from .document import NOTHING, REPORTED, Absent, Document, Location
+from .listen import Listen
+from .listen import parse as parse_listen
 from .model import DEVICE_NAME, Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector, is_identifier
 from .ports import PortSpecError, quoted
-
-DEFAULT_PATH = "/etc/ctrport/config.yaml"
 
 #: The directory beside the configuration whose ``*.yaml`` files add ``publish`` entries.
 PARTS = "conf.d"
@@ -40,7 +40,7 @@ FREE = "free"
 DOCKERD_NAMESPACE = "moby"
 
 # A backend that is added gets its word here; the check and the sentence follow.
-Backend = Literal["auto", "iptables-nft", "iptables-legacy"]
+Backend = Literal["auto", "iptables-nft", "iptables-legacy", "nftables"]
 Position = Literal["auto", "first", "last"]
 OnStop = Literal["keep", "remove"]
 Masquerade = Literal["hairpin", "all"]
@@ -179,6 +179,12 @@ def _glob(text: str) -> str:
     return text
 
 
+def _listen(text: object) -> Listen | None:
+    if not isinstance(text, str):
+        raise ValueError
+    return parse_listen(text)
+
+
 # The schema. Pydantic reads it off these dataclasses, so that types, defaults and checks stand in one place.
 
 
@@ -208,6 +214,13 @@ class Firewall(_Closed):
     reserve_limit: Annotated[int, BeforeValidator(_count)] = 4096
     poll_interval: Annotated[int, BeforeValidator(_seconds)] = 10
     on_stop: OnStop = "keep"
+
+
+@dataclass(frozen=True)
+class Metrics(_Closed):
+    """Where the metrics are served; None is nowhere."""
+
+    listen: Annotated[Listen | None, BeforeValidator(_listen)] = None
 
 
 @dataclass(frozen=True)
@@ -269,6 +282,7 @@ class _Permission(_Closed):
 class _File(_Closed):
     containerd: Containerd = Containerd()
     firewall: Firewall = Firewall()
+    metrics: Metrics = Metrics()
     networks: tuple[_Network, ...] = ()
     publish: tuple[_Entry, ...] = ()
     containers_may_publish: tuple[_Permission, ...] = ()
@@ -279,7 +293,7 @@ _SCHEMA = TypeAdapter(_File)
 #: What is expected at each place of the schema; also the one list of the keys there are.
 _EXPECTED = {
     "": (
-        "a mapping with the keys containerd, firewall, networks, publish and containers_may_publish, "
+        "a mapping with the keys containerd, firewall, metrics, networks, publish and containers_may_publish, "
         "each of which may be left out"
     ),
     "containerd": "a mapping with address and namespaces, or the key left out",
@@ -290,7 +304,7 @@ _EXPECTED = {
         "a mapping with backend, chain, position, localhost, masquerade, reserve_limit, poll_interval and on_stop, "
         "or the key left out"
     ),
-    "firewall.backend": "auto, iptables-nft or iptables-legacy",
+    "firewall.backend": "auto, iptables-nft, iptables-legacy or nftables",
     "firewall.chain": "1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
     "firewall.position": "auto, first or last",
     "firewall.localhost": "true or false",
@@ -298,6 +312,8 @@ _EXPECTED = {
     "firewall.reserve_limit": f"a number of ports from 0 to {MOST_RESERVED}, in plain digits",
     "firewall.poll_interval": f"a number of seconds from 1 to {LONGEST_POLL}, in plain digits",
     "firewall.on_stop": "keep or remove",
+    "metrics": "a mapping with listen, or the key left out",
+    "metrics.listen": "none, or an address and a port, such as 127.0.0.1:9477 or [::1]:9477",
     "networks": "a list of bridges to run the Docker way, such as [{bridge: docker0}], or [] for none",
     "networks[]": "a mapping with bridge",
     "networks[].bridge": "the name of a bridge, such as docker0",
@@ -345,6 +361,7 @@ class Config:
     publish: tuple[Declaration, ...] = ()
     networks: tuple[str, ...] = ()
     containers_may_publish: tuple[Permission, ...] = ()
+    metrics: Metrics = Metrics()
 
     @property
     def reads_annotations(self) -> bool:
@@ -380,6 +397,7 @@ def parse(text: str, name: str, parts: Iterable[tuple[str, str]] = ()) -> Config
     return Config(
         *(file.containerd, file.firewall, tuple(declarations), tuple(each.bridge for each in file.networks)),
         containers_may_publish=tuple(permissions),
+        metrics=file.metrics,
     )
 
 
@@ -396,7 +414,9 @@ def _read(
             for fault in error.errors(include_url=False):
                 _report(document, fault["type"], fault["loc"], fault["input"], fault.get("ctx", {}))
     if part and isinstance(document.content, dict):
-        for key in sorted(document.content.keys() & {"containerd", "firewall", "networks", "containers_may_publish"}):
+        for key in sorted(
+            document.content.keys() & {"containerd", "firewall", "metrics", "networks", "containers_may_publish"}
+        ):
             position = document.position((key,), key=True)
             document.fault(position, f"`{key}` is set in the main file alone; expected nothing but publish here")
     seen: dict[str, int] = {}

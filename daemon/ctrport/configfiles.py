@@ -26,9 +26,19 @@ def load(path: str) -> Config:
 
     Raises ``ConfigError`` with every problem they have, or ``Unreadable``.
     """
-    # A hidden file is an editor's, or half of an upload.
-    parts = sorted(p for p in (Path(path).parent / PARTS).glob("*.yaml") if not p.name.startswith("."))
-    return parse(_text(Path(path)), path, [(str(part), _text(part)) for part in parts])
+    (_, text), *parts = _texts(path)
+    return parse(text, path, parts)
+
+
+def _texts(path: str) -> list[tuple[str, str]]:
+    """Return the name and the text of the file at ``path``, and of each part beside it. Raises ``Unreadable``."""
+    text, directory = _text(Path(path)), Path(path).parent / PARTS
+    try:
+        # A hidden file is an editor's, or half of an upload.
+        parts = sorted(p for p in directory.glob("*.yaml") if not p.name.startswith("."))
+    except OSError as error:
+        raise Unreadable(f"{directory}: {error.strerror}; expected configuration files") from error
+    return [(path, text), *((str(part), _text(part)) for part in parts)]
 
 
 def _text(path: Path) -> str:
@@ -55,7 +65,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 async def changes(path: str) -> AsyncIterator[None]:
-    """Yield whenever the files of the configuration at ``path`` may have changed. Raises ``OSError``."""
+    """Yield whenever the files of the configuration at ``path`` have changed, or cannot be read. Raises ``OSError``."""
     directory = Path(path).parent
     watching = _checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     changed = asyncio.Event()
@@ -63,6 +73,7 @@ async def changes(path: str) -> AsyncIterator[None]:
     loop.add_reader(watching, changed.set)
     try:
         _checked(_LIBC.inotify_add_watch(watching, os.fsencode(directory), _ANY_CHANGE | _ONLY_DIRECTORY))
+        before = _texts_if_any(path)
         while True:
             # It may have come just now, and is followed to where it is then.
             _LIBC.inotify_add_watch(watching, os.fsencode(directory / PARTS), _ANY_CHANGE | _ONLY_DIRECTORY)
@@ -72,10 +83,20 @@ async def changes(path: str) -> AsyncIterator[None]:
             with contextlib.suppress(BlockingIOError):
                 while os.read(watching, 1 << 16):
                     pass  # what it was is seen by reading the files
-            yield
+            # Other files may be written beside these all the time, and to check thousands of lines takes seconds.
+            now = _texts_if_any(path)
+            if now is None or now != before:
+                yield
+            before = now
     finally:
         loop.remove_reader(watching)
         os.close(watching)
+
+
+def _texts_if_any(path: str) -> list[tuple[str, str]] | None:
+    with contextlib.suppress(Unreadable):
+        return _texts(path)
+    return None
 
 
 def _checked(result: int) -> int:

@@ -122,6 +122,12 @@ def tracked() -> frozenset[Protocol]:
 _SETTINGS = Path("/proc/sys/net/netfilter")
 
 
+async def to_port(protocol: Protocol, family: Family, port: int) -> list[Flow]:
+    """Return the flows that were sent to a port of any address. Raises ``ConntrackError``."""
+    kind = ("-f", f"ipv{family.value}", "-p", protocol.value)
+    return list(parse(await _run("-L", *kind, "--orig-port-dst", str(port))))
+
+
 async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
     """Remove the flows that ``touched`` mappings made stale, and return how many kinds of flow that were.
 

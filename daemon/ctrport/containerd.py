@@ -17,12 +17,12 @@ import asyncio
 import collections
 import contextlib
 import errno
-import json
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
@@ -34,7 +34,6 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import DecodeError
 
 from .api import (
     containers_pb2,
@@ -43,15 +42,19 @@ from .api import (
     events_pb2_grpc,
     namespaces_pb2,
     namespaces_pb2_grpc,
-    payloads_pb2,
     task_pb2,
     tasks_pb2,
     tasks_pb2_grpc,
     version_pb2,
     version_pb2_grpc,
 )
-from .declared import NAME
-from .model import ContainerKey, is_identifier
+from .cgroups import cgroup_of
+from .events import warn_once
+from .lines import Failure
+from .model import ContainerKey, Live, Mapping
+from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, value_of
+from .tally import Tally
+from .taskevents import TOPICS, TaskEvent, checked, task_event
 
 log = logging.getLogger(__name__)
 # Its Python side logs a traceback for what it also reports, and at debug level a line for each call.
@@ -78,38 +81,11 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", int(DEADLINE * 1000)),  # how long one try may take, in spite of its name
 )
 
-_Payload = (
-    payloads_pb2.TaskStart
-    | payloads_pb2.TaskExit
-    | payloads_pb2.TaskDelete
-    | payloads_pb2.TaskPaused
-    | payloads_pb2.TaskResumed
-    | payloads_pb2.ContainerUpdate
-    | payloads_pb2.ContainerDelete
-)
-
-#: The topics that make a container worth another look, each with what its events hold.
-_PAYLOADS: dict[str, type[_Payload]] = {
-    "/tasks/start": payloads_pb2.TaskStart,
-    "/tasks/exit": payloads_pb2.TaskExit,
-    "/tasks/delete": payloads_pb2.TaskDelete,
-    "/tasks/paused": payloads_pb2.TaskPaused,
-    "/tasks/resumed": payloads_pb2.TaskResumed,
-    "/containers/update": payloads_pb2.ContainerUpdate,
-    "/containers/delete": payloads_pb2.ContainerDelete,
-}
-
 #: The states in which a task has its network, and with it its mappings.
-_LIVE = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
+_RUNNING = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
 
 
-#: What the CRI plugin stores of a sandbox, as JSON, goes by this name among the extensions of its container.
-SANDBOX = "io.cri-containerd.sandbox.metadata"
-#: The bytes that a spec, or that, may have to be read for annotations.
-LONGEST_SPEC = 1 << 20
-
-
-class ContainerdError(Exception):
+class ContainerdError(Failure):
     """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
 
 
@@ -130,30 +106,25 @@ class Refused(ContainerdError):
 
 
 @dataclass(frozen=True)
-class TaskEvent:
-    """Something happened to this container: look at it again. ``topic`` says what, for people.
-
-    ``pid`` is the init process that the event names, if it names one: where to begin to look, and no truth either.
-    """
-
-    key: ContainerKey
-    topic: str
-    pid: int | None = None
-
-
-@dataclass(frozen=True)
 class Listed:
     """A container with a running, pausing or paused task.
 
     ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
+    ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
+    ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for. One that is
+    ``paused`` has its network and answers nobody.
     """
 
     key: ContainerKey
     pid: int | None
-    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
     annotation: str | None = None
+    live: Live | None = None
+    runs: bool = True
+    cgroup: str = ""
+    paused: bool = False
 
 
 class Containerd:
@@ -166,9 +137,10 @@ class Containerd:
 
     _channel: grpc.aio.Channel
 
-    def __init__(self, address: str) -> None:
-        """``address`` is the path of containerd's unix socket; it need not be there yet."""
+    def __init__(self, address: str, tally: Tally | None = None) -> None:
+        """``address`` is the path of containerd's unix socket; it need not be there yet. ``tally`` has what fails."""
         self.address = address
+        self._tally = Tally() if tally is None else tally
 
     async def __aenter__(self) -> Containerd:
         channel = grpc.aio.insecure_channel(f"unix:{quote(self.address)}", options=CHANNEL_OPTIONS)
@@ -187,6 +159,9 @@ class Containerd:
         self._containers: grpc.aio.UnaryStreamMultiCallable[
             containers_pb2.ListContainersRequest, containers_pb2.ListContainerMessage
         ] = containers.ListStream
+        self._update: grpc.aio.UnaryUnaryMultiCallable[
+            containers_pb2.UpdateContainerRequest, containers_pb2.UpdateContainerResponse
+        ] = containers.Update
         tasks: Any = _stub(tasks_pb2_grpc.TasksStub, channel)
         self._task: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.GetRequest, tasks_pb2.GetResponse] = tasks.Get
         self._tasks: grpc.aio.UnaryUnaryMultiCallable[tasks_pb2.ListTasksRequest, tasks_pb2.ListTasksResponse] = (
@@ -214,14 +189,12 @@ class Containerd:
         told = False
         while True:
             try:
-                version = await self.version()
+                await self.version()
             except (Unavailable, Unresponsive) as error:
                 if not told:
                     log.warning("%s; waiting for it", error)
                 told = True
             else:
-                if told:
-                    log.info("containerd %s answers at %s", version, self.address)
                 return
             # Not called again until there is a connection: a failed call costs gRPC memory that it never gives back
             # (grpc/grpc#38499). A look at the state costs nothing, whereas gRPC's own wait for it, once cancelled,
@@ -240,7 +213,7 @@ class Containerd:
     async def namespaces(self) -> list[str]:
         """Return the names of the containerd namespaces, sorted."""
         response = await self._call(self._namespaces, namespaces_pb2.ListNamespacesRequest())
-        return sorted(n.name for n in response.namespaces if _checked(n.name, "namespace"))
+        return sorted(n.name for n in response.namespaces if checked(n.name, "namespace"))
 
     @contextlib.asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[TaskEvent]]:
@@ -258,44 +231,75 @@ class Containerd:
         # So we publish one of our own until it comes back; from then on we are on the list.
         mark = f"/ctrport/subscribed/{secrets.token_hex(8)}"
         # Filters are joined by "or". The marks of other subscribers, and execs, images and content, stay away.
-        request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*_PAYLOADS, mark)])
+        request = events_pb2.SubscribeRequest(filters=[f'topic=="{topic}"' for topic in (*TOPICS, mark)])
         call = self._subscribe(request)
         try:
-            events = _Events(call, self.address)
+            events = _Events(call, self.address, self._tally)
             await self._established(events, mark)
             yield events
         finally:
             call.cancel()  # an abandoned call is never collected (grpc/grpc#43462)
 
-    async def containers(self, namespace: str, *, annotations: bool = False) -> list[Listed]:
+    async def containers(self, namespace: str, *, annotations: bool = False, ended: bool = False) -> list[Listed]:
         """Return every container of ``namespace`` with a running, pausing or paused task, sorted by id.
 
-        Empty for a namespace that is not there. ``annotations`` is whether to read those as well.
+        Empty for a namespace that is not there. ``annotations`` is whether to read those as well. With ``ended`` those
+        are among them that have no such task, and do not run.
         """
         # In this order: the container of a task that was there is missing only when both have been deleted since.
         processes = await self._processes(namespace)
         listed = []
         async for container in self._stored(namespace):
-            process = processes.get(container.id)
-            if process is not None:
-                found = _listed(ContainerKey(namespace, container.id), process, container, annotations)
-                listed += [found] if found is not None else []
+            found = _listed(ContainerKey(namespace, container.id), processes.get(container.id), container, annotations)
+            listed += [found] if found.runs or ended else []
         return sorted(listed, key=lambda found: found.key)
 
-    async def container(self, key: ContainerKey, *, annotations: bool = False) -> Listed | None:
-        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused."""
+    async def container(
+        self, key: ContainerKey, *, annotations: bool = False, stored: Listed | None = None
+    ) -> Listed | None:
+        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused.
+
+        ``stored`` is what the method of that name said of it, where nothing of that has changed.
+        """
+        if stored is not None:
+            with contextlib.suppress(NotFound):
+                found = _with(stored, await self._process(key))
+                return found if found.runs else None
+            return None
         # Both at once, for each takes about a millisecond of the time in which the port is not open yet.
-        stored = asyncio.ensure_future(self._container_of(key))
+        asked = asyncio.ensure_future(self._container_of(key))
         try:
             process = await self._process(key)
-            return _listed(key, process, await stored, annotations)
+            found = _listed(key, process, await asked, annotations)
+            return found if found.runs else None
         except NotFound:
             # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
-            await asyncio.wait((stored,))
+            await asyncio.wait((asked,))
             return None
         finally:
-            stored.cancel()
-            await asyncio.gather(stored, return_exceptions=True)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+
+    async def stored(self, key: ContainerKey, *, annotations: bool = False) -> Listed:
+        """Return what containerd has stored of a container, whether it runs or not. Raises ``NotFound``."""
+        container = await self._container_of(key)
+        return replace(_listed(key, None, container, annotations), cgroup=cgroup_of(container.spec.value))
+
+    async def live(self, key: ContainerKey) -> Live | None:
+        """Return what is kept with a container of what the operator has it publish. Raises ``NotFound``."""
+        return _live(await self._container_of(key))
+
+    async def keep_live(self, key: ContainerKey, mappings: Sequence[Mapping], revision: str) -> None:
+        """Keep with a container what it is to publish, until it is deleted. Raises ``NotFound``; and ``ValueError``.
+
+        Nothing else of the container is written. It is not seen, though, whether it was written meanwhile: containerd
+        has no condition for a write.
+        """
+        word = AnyMessage(type_url=TYPE, value=value_of(mappings, revision))
+        container = containers_pb2.Container(id=key.id, extensions={EXTENSION: word})
+        request = containers_pb2.UpdateContainerRequest(container=container)
+        request.update_mask.paths.append(f"extensions.{EXTENSION}")
+        await self._call(self._update, request, key.namespace)
 
     async def _container_of(self, key: ContainerKey) -> containers_pb2.Container:
         request = containers_pb2.GetContainerRequest(id=key.id)
@@ -330,12 +334,12 @@ class Containerd:
         request = containers_pb2.ListContainersRequest()
         call = self._containers(request, timeout=DEADLINE, metadata=_metadata(namespace))
         try:
-            with _errors(self.address, DEADLINE):
+            with _errors(self.address, DEADLINE, self._tally):
                 while (message := await call.read()) is not grpc.aio.EOF:
                     # gRPC gives None for a message that cannot be decoded; one such must not hide the others.
                     if not isinstance(message, containers_pb2.ListContainerMessage):
-                        log.warning("containerd sent a container of namespace %s that cannot be decoded", namespace)
-                    elif _checked(message.container.id, "container id"):
+                        warn_once(log, f"containerd sent a container of namespace {namespace} that cannot be decoded")
+                    elif checked(message.container.id, "container id"):
                         yield message.container
         finally:
             call.cancel()
@@ -375,7 +379,7 @@ class Containerd:
         deadline: float = DEADLINE,
     ) -> Response:
         metadata = _metadata(namespace) if namespace is not None else None
-        with _errors(self.address, deadline):
+        with _errors(self.address, deadline, self._tally):
             response = await method(request, timeout=deadline, metadata=metadata)
         if response is None:
             raise Refused(f"containerd at {self.address} sent an answer that cannot be decoded")
@@ -386,10 +390,14 @@ class _Events(AsyncIterator[TaskEvent]):
     """The events of one subscription, for one reader. It never ends but by an error."""
 
     def __init__(
-        self, call: grpc.aio.UnaryStreamCall[events_pb2.SubscribeRequest, events_pb2.Envelope], address: str
+        self,
+        call: grpc.aio.UnaryStreamCall[events_pb2.SubscribeRequest, events_pb2.Envelope],
+        address: str,
+        tally: Tally,
     ) -> None:
         self._call = call
         self._address = address
+        self._tally = tally
         self._pending: collections.deque[TaskEvent] = collections.deque()
 
     async def __anext__(self) -> TaskEvent:
@@ -409,7 +417,7 @@ class _Events(AsyncIterator[TaskEvent]):
 
     async def _envelope(self) -> events_pb2.Envelope | None:
         """Return the next event, or None for one that cannot be decoded."""
-        with _errors(self._address, DEADLINE):
+        with _errors(self._address, DEADLINE, self._tally):
             envelope = await self._call.read()
         if envelope is grpc.aio.EOF:
             raise Unavailable(f"containerd at {self._address} ended the stream of events")
@@ -417,11 +425,14 @@ class _Events(AsyncIterator[TaskEvent]):
 
 
 @contextlib.contextmanager
-def _errors(address: str, deadline: float) -> Iterator[None]:
+def _errors(address: str, deadline: float, tally: Tally) -> Iterator[None]:
     try:
         yield
     except grpc.aio.AioRpcError as error:
-        raise rpc_error(address, error.code(), error.details() or "", deadline) from error
+        failed = rpc_error(address, error.code(), error.details() or "", deadline)
+        if not isinstance(failed, NotFound):  # which is an answer
+            tally.call_errors[type(failed).__name__.lower()] += 1
+        raise failed from error
 
 
 def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float) -> ContainerdError:
@@ -440,68 +451,29 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
     return Refused(f"containerd at {address} refused the call: {details} ({code.name})")
 
 
-def task_event(envelope: events_pb2.Envelope) -> TaskEvent | None:
-    """Return what an event says, or None when it is not about a container's own task, or malformed."""
-    payload_type = _PAYLOADS.get(envelope.topic)
-    if payload_type is None:
-        return None
-    # containerd's type_url is the bare name; whoever publishes by other means may put an authority before it.
-    if envelope.event.type_url.rpartition("/")[2] != payload_type.DESCRIPTOR.full_name:
-        log.debug("skipped an event %s that holds a %s", envelope.topic, envelope.event.type_url)
-        return None
-    try:
-        payload = payload_type.FromString(envelope.event.value)
-    except DecodeError as error:
-        log.debug("skipped an event %s that cannot be decoded: %s", envelope.topic, error)
-        return None
-    if isinstance(payload, (payloads_pb2.ContainerUpdate, payloads_pb2.ContainerDelete)):
-        container = payload.id
-    else:
-        container = payload.container_id
-        # A process that was exec'd into a container and exits is not the container.
-        if isinstance(payload, (payloads_pb2.TaskExit, payloads_pb2.TaskDelete)) and payload.id not in ("", container):
-            return None
-    if not (_checked(envelope.namespace, "namespace") and _checked(container, "container id")):
-        return None
-    pid = payload.pid if isinstance(payload, payloads_pb2.TaskStart) else 0
-    return TaskEvent(ContainerKey(envelope.namespace, container), envelope.topic, pid or None)
-
-
 def _listed(
-    key: ContainerKey, process: task_pb2.Process, container: containers_pb2.Container, annotations: bool
-) -> Listed | None:
-    if process.status != task_pb2.UNKNOWN and process.status not in _LIVE:
+    key: ContainerKey, process: task_pb2.Process | None, container: containers_pb2.Container, annotations: bool
+) -> Listed:
+    annotation = None
+    if annotations:
+        sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
+        annotation = annotation_of(container.spec.value, sandbox)
+    return _with(Listed(key, None, dict(container.labels), annotation, _live(container)), process)
+
+
+def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:
+    """Return what is stored of a container with what is said of its task, if it has one."""
+    unknown = process is not None and process.status == task_pb2.UNKNOWN
+    runs = unknown or (process is not None and process.status in _RUNNING)
+    pid = process.pid if process is not None and runs and not unknown else None
+    return replace(stored, pid=pid, runs=runs, paused=process is not None and process.status == task_pb2.PAUSED)
+
+
+def _live(container: containers_pb2.Container) -> Live | None:
+    if EXTENSION not in container.extensions:
         return None
-    pid = None if process.status == task_pb2.UNKNOWN else process.pid
-    return Listed(key, pid, dict(container.labels), annotation_of(container) if annotations else None)
-
-
-def annotation_of(container: containers_pb2.Container) -> str | None:
-    """Return the ports that an annotation asks for: of a sandbox the pod's, of another container that of its spec.
-
-    The CRI plugin keeps the pod's annotations in what it stores beside its sandbox, and no copy in the spec.
-    """
-    path: tuple[str, ...] = ("annotations",)
-    text = container.spec.value
-    if SANDBOX in container.extensions:
-        path, text = ("Metadata", "Config", "annotations"), container.extensions[SANDBOX].value
-    if NAME.encode() not in text or len(text) > LONGEST_SPEC:  # a spec has thousands of bytes: few are to be read
-        return None
-    try:
-        found: Any = json.loads(text)
-        for step in (*path, NAME):
-            found = found[step]
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _checked(name: str, what: str) -> bool:
-    """Whether ``name`` may go on into rules and logs; containerd checks too, so False is a warning's worth."""
-    if is_identifier(name):
-        return True
-    log.warning("skipped a %s that containerd itself would not take: %.100r", what, name)
-    return False
+    kept = container.extensions[EXTENSION]
+    return live_of(kept.type_url, kept.value)
 
 
 def _metadata(namespace: str) -> tuple[tuple[str, str], ...]:

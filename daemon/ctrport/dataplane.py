@@ -10,15 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
 from . import hairpin, localnet
-from .firewall import Firewall, FirewallError, Refused
-from .firewall.drift import Drift, drift
-from .firewall.plan import Plan
-from .firewall.text import owner, tag
+from .connections import Counts
+from .firewall import AnyPlan, Firewall, FirewallError, Refused
+from .firewall.drift import Drift, combined
 from .flows import StaleFlows, closed, narrowed, opened, vacated
 from .holdings import Holdings
 from .hostports import Reservations
@@ -36,6 +36,7 @@ from .rules import (
     rules_for,
     skeleton,
 )
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Transition:
     ``hairpin_on`` are the bridge ports to switch hairpin mode on for.
     """
 
-    plans: Sequence[tuple[Firewall, Plan]]
+    plans: Sequence[tuple[Firewall, AnyPlan]]
     localnet_off: Sequence[str]
     localnet_on: Sequence[str]
     hairpin_on: Sequence[str] = ()
@@ -62,11 +63,12 @@ class Transition:
 class Dataplane:
     """Keeps the kernel in line with the publications that it is told of.
 
+    ``firewalls`` and ``layout`` are what the rules are written with, and what shapes them.
     At first, and after an error, the kernel is not known to be in line (``in_line`` is False). ``transactions`` counts
     the plans that were written. ``complaint`` is what could not be done though the rules are right. ``others`` are
     tables that are to hold nothing of ours, and may: another backend's. ``chosen`` are the host ports that an earlier
     run chose, once it has looked; several for one mapping where two declarations ask for it and differ in who may reach
-    it.
+    it. ``tally`` has what writing took.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Dataplane:
         layout: Layout,
         reservations: Reservations | None = None,
         others: Sequence[Firewall] = (),
+        tally: Tally | None = None,
     ) -> None:
-        self._firewalls = dict(firewalls)
+        self._tally = Tally() if tally is None else tally
+        self.firewalls = dict(firewalls)
+        self.layout = layout
         self._others = tuple(others)
-        self._layout = layout
         standing = (rule for family in firewalls for rule in (*skeleton(layout, family), *isolation(layout, family)))
         self._wanted = Ruleset(standing)
         self._node = NodeFacts(frozenset(), frozenset())
@@ -89,7 +93,7 @@ class Dataplane:
         self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
         self._hairpins_ours: set[str] = set()
         self._localnet_ours: dict[str, bool] = {}
-        self._flows = StaleFlows(self._complain)
+        self._flows = StaleFlows(self._complain, self._tally)
         self.complaint = ""
         self.chosen: dict[tuple[ContainerKey, Mapping], tuple[PortRange, ...]] = {}
         self.in_line = False
@@ -110,7 +114,7 @@ class Dataplane:
             with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
                 await other.read(words=False)
                 self._learn(other)
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.read()
             self._learn(firewall)
 
@@ -167,14 +171,14 @@ class Dataplane:
         plans = await self._mend()
         if not was_in_line:
             return Drift()
-        removed = {tag(rule) for rule in difference.removed}
-        found = drift(plans, set(difference.added), removed)
+        added, removed = set(difference.added), set(difference.removed)
+        found = combined(firewall.drift(plan, added, removed) for firewall, plan in plans)
         return replace(found, switches=off)
 
     async def _write_change(self, difference: Difference, changes: Sequence[Change]) -> bool:
         """Write a difference alone, and return whether that could be done: not in chains that are others by now."""
         self.in_line = False
-        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self._firewalls.items()]
+        plans = [(f, f.plan_change(_of_family(difference, family))) for family, f in self.firewalls.items()]
         off = [record.device for record in _records(difference.removed) if record.ours]
         on = [record.device for record in _records(difference.added)]
         active = [change.after for change in changes if change.after is not None]
@@ -187,6 +191,11 @@ class Dataplane:
         self.in_line = True
         return True
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What of others' tables may keep from working what is published, in a sentence each."""
+        return tuple(dict.fromkeys(said for firewall in self.firewalls.values() for said in firewall.warnings))
+
     def switched_off(self) -> bool:
         """Whether somebody switched a device's ``route_localnet`` off that has to be on."""
         with contextlib.suppress(FirewallError):  # what cannot be told now is asked again
@@ -198,12 +207,20 @@ class Dataplane:
         self._take_in(changes, node)
         return await self._transition(words=True)
 
-    async def _mend(self) -> list[Plan]:
+    async def glance(self, changes: Sequence[Change], node: NodeFacts) -> Transition:
+        """Return what ``start`` and then ``preview`` would, at a glance: one look a family (see ``Firewall.read``)."""
+        for firewall in self.firewalls.values():
+            await firewall.read(words=False)
+            self._learn(firewall)
+        self._take_in(changes, node)
+        return self._due()
+
+    async def _mend(self) -> list[tuple[Firewall, AnyPlan]]:
         """Return what it took; what it would have taken, too, where somebody was still writing meanwhile."""
-        plans: list[Plan] = []
+        plans: list[tuple[Firewall, AnyPlan]] = []
         for left in reversed(range(MENDING_TRIES)):
             transition = await self._transition(words=False)
-            plans += [plan for _, plan in transition.plans]
+            plans += transition.plans
             try:
                 await self._write(transition)
                 break
@@ -212,9 +229,9 @@ class Dataplane:
                     raise
         self._switch_hairpins(transition.hairpin_on)
         self.in_line = True
-        restored = dict.fromkeys(rule.owner for plan in plans for rule in plan.added)
+        restored = dict.fromkeys(rule.owner for _, plan in plans for rule in plan.added)
         self._flows.touch(opened(self._active[its] for its in restored if its in self._active))
-        removed = {owner(each) for plan in plans for each in plan.removed_tags}
+        removed = {owner for _, plan in plans for owner in plan.removed}
         self._flows.touch(vacated(sorted(removed), self._active.values()))
         self._flows.touch(narrowed(self._active[its] for its in sorted(removed) if its in self._active))
         for its, former in self._former.items():
@@ -224,10 +241,15 @@ class Dataplane:
 
     async def _transition(self, *, words: bool) -> Transition:
         """Read what the kernel holds, and return what brings it in line; see ``Firewall.read`` for ``words``."""
+        for firewall in self.firewalls.values():
+            await firewall.read(words=words)
+        return self._due()
+
+    def _due(self) -> Transition:
+        """Return what brings the kernel in line with what is wanted, by what was read last."""
         plans = []
         left_over: dict[str, LocalnetRecord] = {}
-        for family, firewall in self._firewalls.items():
-            await firewall.read(words=words)
+        for family, firewall in self.firewalls.items():
             left_over.update({record.device: record for record in firewall.localnet_records})
             plans.append((firewall, firewall.plan(rule for rule in self._wanted if rule.family is family)))
         wanted = _records(self._wanted)
@@ -238,15 +260,36 @@ class Dataplane:
         on = [record.device for record in wanted if not _is_on(record.device)]
         return Transition(plans, off, on, self._hairpins_due(self._active.values()))
 
+    @property
+    def held_ports(self) -> tuple[int, int]:
+        """How many host ports are held by sockets, and how many may be."""
+        return self._holdings.held
+
+    @property
+    def unreserved(self) -> int:
+        """How many publications have not all of their host ports held."""
+        return self._holdings.unreserved
+
+    async def counts(self) -> Counts | None:
+        """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
+        found = dict[Family, dict[str, int]]()
+        try:
+            for family, firewall in self.firewalls.items():
+                found[family] = {its: count.packets for its, count in (await firewall.counters()).items()}
+        except FirewallError as error:
+            log.debug("connections cannot be counted, what was known of them stands: %s", error)
+            return None
+        return Counts(found, dict(self._active))
+
     async def prepare(self) -> None:
         """Make ready for the next change, while there is time."""
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.prepare()
 
     async def close(self) -> None:
         """Give up what ``prepare`` holds, and the flows that are being removed. The host ports are held on."""
         await self._flows.close()
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             await firewall.close()
 
     async def sweep(self) -> None:
@@ -254,7 +297,7 @@ class Dataplane:
 
         To be called when the kernel is in line: no port is closed by it.
         """
-        for firewall in self._firewalls.values():
+        for firewall in self.firewalls.values():
             try:
                 plan = await firewall.plan_sweep()
                 if plan:
@@ -293,12 +336,24 @@ class Dataplane:
     async def _write(self, transition: Transition) -> None:
         for device in transition.localnet_off:
             _switch(device, False)
-        for firewall, plan in transition.plans:
+        for family, (firewall, plan) in zip(self.firewalls, transition.plans, strict=True):
             self.transactions += bool(plan)
-            await firewall.apply(plan)
+            with self._counted(family) if plan else contextlib.nullcontext():
+                await firewall.apply(plan)
         for device in transition.localnet_on:
             _switch(device, True)
         self._holdings.leave_vacated(self._active)
+
+    @contextlib.contextmanager
+    def _counted(self, family: Family) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        except FirewallError:
+            self._tally.write_errors[family] += 1
+            raise
+        finally:
+            self._tally.writes[family].observe(time.monotonic() - began)
 
     def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
         """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""
@@ -340,8 +395,10 @@ class Dataplane:
 
     def _take_in(self, changes: Sequence[Change], node: NodeFacts) -> Difference:
         """Change what is wanted, note whose flows this touches, and return what it makes different."""
-        old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
-        self._node = node
+        old, new = list[Rule](), list[Rule]()
+        if node is not self._node:
+            old, new = self._of_node(self._node, besides=node), self._of_node(node, besides=self._node)
+            self._node = node
         for change in changes:
             before = change.before
             if before is not None and before.attachments:
@@ -370,25 +427,25 @@ class Dataplane:
         """Return the rules that the node itself asks for, but for those that ``besides`` asks for too."""
         rules: list[Rule] = []
         for address in _sorted(node.addresses - besides.addresses):
-            rules += rules_at(address, self._layout)
+            rules += rules_at(address, self.layout)
         for service in _sorted(node.services - besides.services):
-            rules += rules_beside(service, self._layout)
+            rules += rules_beside(service, self.layout)
         for network in node.networks:
             if network not in besides.networks:
-                rules += rules_of(network, self._layout, self._firewalls)
-        return [rule for rule in rules if rule.family in self._firewalls]
+                rules += rules_of(network, self.layout, self.firewalls)
+        return [rule for rule in rules if rule.family in self.firewalls]
 
     def _rules(self, publication: Publication) -> tuple[Rule, ...]:
-        device = needs_localnet(publication, self._layout)
+        device = needs_localnet(publication, self.layout)
         if device is None:
-            return rules_for(publication, self._layout)
+            return rules_for(publication, self.layout)
         if device not in self._localnet_ours:
             try:
                 self._localnet_ours[device] = not _is_on(device)
             except FirewallError:
                 self._localnet_ours[device] = True  # left on by mistake it would have no guard
         ours = self._localnet_ours[device]
-        return rules_for(publication, self._layout, localnet_ours=ours)
+        return rules_for(publication, self.layout, localnet_ours=ours)
 
 
 async def remove_everything(firewall: Firewall) -> bool:

@@ -9,6 +9,7 @@ from . import conntrack
 from .conntrack import Closed, ConntrackError, Opened
 from .model import Address, Publication
 from .owners import Owner
+from .tally import Tally
 
 #: How many mappings are remembered whose flows could not be looked at, to be tried again.
 MOST_STALE = 1000
@@ -17,11 +18,12 @@ MOST_STALE = 1000
 class StaleFlows:
     """What was opened and closed, and is still to be looked for among the flows.
 
-    ``complain`` is told why flows could not be looked at, and nothing when they could.
+    ``complain`` is told why flows could not be looked at, and nothing when they could; ``tally`` has how often.
     """
 
-    def __init__(self, complain: Callable[[str], None]) -> None:
+    def __init__(self, complain: Callable[[str], None], tally: Tally) -> None:
         self._complain = complain
+        self._tally = tally
         self._touched: list[Opened | Closed] = []
         self._stale: list[Opened | Closed] = []  # of what was touched: whose rules are in the kernel
         self._dropping: asyncio.Task[None] | None = None
@@ -57,8 +59,9 @@ class StaleFlows:
         while self._stale:
             stale, self._stale = self._stale, []
             try:
-                await conntrack.drop_stale(stale, node())
+                self._tally.flows_deleted += await conntrack.drop_stale(stale, node())
             except ConntrackError as error:
+                self._tally.conntrack_errors += 1
                 self._complain(str(error))
                 self._stale = (_superseded(stale, self._stale) + self._stale)[-MOST_STALE:]
                 return

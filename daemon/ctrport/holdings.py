@@ -57,6 +57,16 @@ class Holdings:
         """Whether no more ports can be held."""
         return self._reservations.is_full()
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many host ports are held, and how many may be."""
+        return self._reservations.ports, self._reservations.limit
+
+    @property
+    def unreserved(self) -> int:
+        """How many have not all of their host ports held."""
+        return sum(map(bool, self._remarks.values()))
+
     def still_held(self, holders: Iterable[Holder]) -> list[Holder]:
         """Return those of ``holders``, as they were found by ``have``, that are there still."""
         found: list[Holder] = []

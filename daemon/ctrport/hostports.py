@@ -122,9 +122,14 @@ class Reservations:
         """Return how many sockets are held, beside those of an earlier run that nobody has taken."""
         return sum(map(len, self._sockets.values()))
 
+    @property
+    def ports(self) -> int:
+        """How many ports are held: those that count against ``limit``."""
+        return len(self._sockets)
+
     def is_full(self) -> bool:
         """Whether no more ports can be held."""
-        return len(self._sockets) >= self.limit
+        return self.ports >= self.limit
 
     def take(self, key: Hashable, claim: Claim) -> str:
         """Hold the ports of ``claim`` for ``key``, in place of what it had; what is in both is kept throughout.

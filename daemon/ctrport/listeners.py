@@ -171,7 +171,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9 ._:/@+-]")
 
 
 def printable(text: str, most: int = 32) -> str:
-    """Return at most ``most`` characters of what a stranger chose, none of which a terminal or rich would obey."""
+    """Return at most ``most`` characters of what a stranger chose, none of which a terminal would obey."""
     return _UNSAFE.sub("?", text[:most]).strip()
 
 

@@ -27,6 +27,9 @@ IDENTIFIER_MAX = 76
 DEVICE_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
 
 
+_SHOWN_POD = re.compile(r"[A-Za-z0-9._-]{1,253}/[A-Za-z0-9._-]{1,253}")
+
+
 def is_identifier(text: str) -> bool:
     """Whether containerd would take ``text`` as the name of a namespace or container."""
     return len(text) <= IDENTIFIER_MAX and IDENTIFIER.fullmatch(text) is not None
@@ -170,6 +173,23 @@ class Pod:
     def __str__(self) -> str:
         return f"{self.namespace}/{self.name}"
 
+    @property
+    def shown(self) -> str:
+        """The same so that it can be printed: whoever makes a sandbox by hand may call it anything."""
+        return str(self) if _SHOWN_POD.fullmatch(str(self)) else f"{str(self)!a:.80}"
+
+
+@dataclass(frozen=True)
+class Live:
+    """What ``ctrport publish`` has a container publish: the operator's word, which containerd keeps with the container.
+
+    ``revision`` is another one after each write. ``unread`` is what of it nobody can read, each with why.
+    """
+
+    mappings: tuple[Mapping, ...]
+    revision: str = ""
+    unread: tuple[tuple[Unread, str], ...] = ()
+
 
 @dataclass(frozen=True)
 class Member:
@@ -187,7 +207,8 @@ class Container:
     ``key``, ``pid`` and ``started`` are the container's, or those of the pod's sandbox. ``pid`` is its init process as
     the daemon's own PID namespace counts it. ``started`` is when that process began, in clock ticks since boot (field
     22 of /proc/PID/stat, proc(5)): who is first gets a contested port. ``members`` are the containers themselves.
-    ``annotation`` is the ports that an annotation of the container or pod asks for, as it came from a stranger.
+    ``annotation`` is the ports that an annotation of the container or pod asks for, as it came from a stranger;
+    ``live`` is what the operator has it publish since.
     """
 
     key: ContainerKey
@@ -196,6 +217,7 @@ class Container:
     members: tuple[Member, ...]
     pod: Pod | None = None
     annotation: str | None = None
+    live: Live | None = None
 
 
 @dataclass(frozen=True)
@@ -232,8 +254,9 @@ class Endpoint:
 class State(str, enum.Enum):
     """What became of a publication.
 
-    ACTIVE: the kernel has its rules. WAITING: something it needs is not there yet. CONFLICT: another holds the host
-    port. REFUSED: not allowed. UNSUPPORTED: cannot be done, here or at all.
+    ACTIVE: the kernel has its rules. WAITING: something it needs is not there yet, or another container serves what was
+    declared for both. CONFLICT: another holds the host port. REFUSED: not allowed. UNSUPPORTED: cannot be done, here or
+    at all.
     """
 
     ACTIVE = "active"
@@ -364,7 +387,8 @@ class Publication:
     ``container`` is None where a declaration matches no container; for a pod it is the sandbox, and ``pod`` the pod's
     name as ``namespace/name``, made safe to print. ``attachments`` are those that the mapping serves, one a family;
     ``bound`` is the mapping with the host ports that it has. Both are empty unless the state is ACTIVE, and ``reason``,
-    one sentence, is empty when it is.
+    one sentence, is empty when it is. ``place`` counts those that wait while another container serves the same
+    declaration, from 1 for the next in line; of all others it is 0.
     """
 
     asked: Mapping | Unread
@@ -376,6 +400,7 @@ class Publication:
     pod: str | None = None
     bound: Mapping | None = None
     access: Access = Access()
+    place: int = 0
 
     @property
     def mapping(self) -> Mapping:
@@ -390,6 +415,17 @@ class Holder:
 
     name: str
     mapping: Mapping
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the kernel counted."""
+
+    packets: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.packets + other.packets, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)

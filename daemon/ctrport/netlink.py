@@ -23,7 +23,9 @@ from ipaddress import (
     IPv6Address,
     IPv6Interface,
     IPv6Network,
+    ip_address,
     ip_interface,
+    ip_network,
 )
 
 from .nlmsg import ACK, NESTED, REQUEST, Conversation, Interrupted, attribute, messages, read_attributes, text
@@ -36,8 +38,12 @@ _TENTATIVE = 0x40
 _FIB_MATCH = 0x2000  # answer with the route that matched, not with one made for the address
 _SKIP_STATS = 8
 _NOT_ASSIGNED = -1
+_SOL_NETLINK, _STRICT = 270, 12
+_LOCAL_TABLE = 255
 
 UNICAST, LOCAL = 1, 2  # kinds of route
+#: All of them, in iproute2's words, which are those of rules as well.
+KINDS = ("unspec", "unicast", "local", "broadcast", "anycast", "multicast", "blackhole", "unreachable", "prohibit")
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,16 @@ class Route:
     network: IPv4Network | IPv6Network
     device: int | None
     gateway: str | None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the host sends one packet: ``kind`` as the kernel numbers it, ``source`` where the host chooses one."""
+
+    kind: int
+    device: int | None
+    gateway: IPv4Address | IPv6Address | None
+    source: IPv4Address | IPv6Address | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,77 @@ class Netlink(Conversation):
             network = IPv6Network((destination, length), strict=False)
             gateway = str(IPv6Address(attributes[5])) if 5 in attributes else None
         return Route(kind, network, _number(attributes.get(4)), gateway)
+
+    def decide(
+        self,
+        destination: IPv4Address | IPv6Address,
+        source: IPv4Address | IPv6Address | None = None,
+        in_device: int = 0,
+        mark: int = 0,
+    ) -> Decision:
+        """Return where a packet goes, with all that is checked on the way in where it came in by a device.
+
+        Nothing is sent. The kernel refuses as it would refuse the packet.
+        """
+        family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
+        bits = destination.max_prefixlen
+        header = struct.pack("=BBBBBBBBI", family, bits, bits if source is not None else 0, 0, 0, 0, 0, 0, 0)
+        request = header + attribute(1, destination.packed)
+        request += attribute(2, source.packed) if source is not None else b""
+        request += attribute(3, struct.pack("=I", in_device)) if in_device else b""
+        request += attribute(16, struct.pack("=I", mark)) if mark else b""
+        answer = self.ask(_RTM_GETROUTE, request)
+        attributes = read_attributes(answer[12:])
+        # A gateway of the other family (RTA_VIA) has two bytes in front that say which.
+        gateway = attributes.get(5) or attributes.get(18, b"")[2:]
+        return Decision(
+            answer[7],
+            _number(attributes.get(4)),
+            ip_address(gateway) if gateway else None,
+            ip_address(attributes[7]) if 7 in attributes else None,
+        )
+
+    def local_routes(self) -> list[tuple[int, IPv4Network | IPv6Network, int | None]]:
+        """Return what the kernel takes for this host: the kind of each route of its local table, and the device."""
+        with contextlib.suppress(OSError):  # an older kernel, which sends the routes of all tables
+            self._socket.setsockopt(_SOL_NETLINK, _STRICT, 1)
+        found: list[tuple[int, IPv4Network | IPv6Network, int | None]] = []
+        for family, size in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            header = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _LOCAL_TABLE, 0, 0, 0, 0)
+            with contextlib.suppress(Interrupted):
+                for message in self.dump(_RTM_GETROUTE, header):
+                    its, length, _, _, table, _, _, kind, _ = struct.unpack_from("=BBBBBBBBI", message)
+                    attributes = read_attributes(message[12:])
+                    if table == _LOCAL_TABLE and its == family:
+                        network = ip_network((attributes.get(1, bytes(size)), length), strict=False)
+                        found.append((kind, network, _number(attributes.get(4))))
+        return found
+
+    def interfaces(self) -> list[tuple[int, IPv4Interface | IPv6Interface]]:
+        """Return every address of this host, with the index of its device."""
+        found: list[tuple[int, IPv4Interface | IPv6Interface]] = []
+        with contextlib.suppress(Interrupted):
+            for message in self.dump(_RTM_GETADDR, struct.pack("=BBBBi", 0, 0, 0, 0, 0)):
+                _, length, _, _, device = struct.unpack_from("=BBBBi", message)
+                attributes = read_attributes(message[8:])
+                packed = attributes.get(2) or attributes.get(1)
+                if packed is not None:
+                    found.append((device, ip_interface((packed, length))))
+        return found
+
+    def links(self) -> dict[int, tuple[str, str | None]]:
+        """Return the name and the kind of every device, by its index."""
+        found: dict[int, tuple[str, str | None]] = {}
+        request = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(29, struct.pack("=I", _SKIP_STATS))
+        with contextlib.suppress(Interrupted):
+            for message in self.dump(_RTM_GETLINK, request):
+                attributes = read_attributes(message[16:])
+                kind = read_attributes(attributes.get(18, b"")).get(1)
+                found[struct.unpack_from("=BxHi", message)[2]] = (
+                    text(attributes[3]),
+                    None if kind is None else text(kind),
+                )
+        return found
 
     def link(self, *, index: int = 0, name: str = "", nsid: int | None = None) -> Link:
         """Return a device by its index or its name, in the network namespace that has ``nsid`` in ours."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .model import Container, ContainerKey, Member, Pod
+from .model import Container, ContainerKey, Live, Member, Pod
 
 #: Put on by containerd's CRI plugin: "sandbox" or "container".
 KIND = "io.cri-containerd.kind"
@@ -25,7 +25,8 @@ POD_UID = "io.kubernetes.pod.uid"
 class Running:
     """One container of containerd that runs. ``netns`` identifies its network namespace.
 
-    ``annotation`` is the ports that an annotation asks for, its own or, of a sandbox, its pod's.
+    ``annotation`` is the ports that an annotation asks for, its own or, of a sandbox, its pod's; ``live`` is what the
+    operator asked for, which counts for a container of a pod only if that is the sandbox.
     """
 
     key: ContainerKey
@@ -34,6 +35,7 @@ class Running:
     netns: tuple[int, int]
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     annotation: str | None = None
+    live: Live | None = None
 
     @property
     def kind(self) -> str:
@@ -59,16 +61,24 @@ class Pods:
         self._running: dict[ContainerKey, Running] = {}
         self._sandboxes: dict[_Home, list[ContainerKey]] = {}
         self._members: dict[_Home, list[ContainerKey]] = {}
+        self._revisions: dict[ContainerKey, str] = {}
 
     @property
     def running(self) -> list[ContainerKey]:
         """Every container it was told of and not told to forget."""
         return list(self._running)
 
+    @property
+    def revisions(self) -> Mapping[ContainerKey, str]:
+        """Of each that runs and that the operator's word is kept with: which revision of that it was seen with."""
+        return self._revisions
+
     def see(self, running: Running) -> set[ContainerKey]:
         """Take in a container as it runs now. Returns the keys of what is published that this may touch."""
         touched = self.forget(running.key) if running.key in self._running else set()
         self._running[running.key] = running
+        if running.live is not None:
+            self._revisions[running.key] = running.live.revision
         if running.kind == "sandbox":
             self._sandboxes.setdefault(_home(running), []).append(running.key)
         elif running.kind == "container":
@@ -82,6 +92,7 @@ class Pods:
             return {key}
         touched = self._published_as(running)
         del self._running[key]
+        self._revisions.pop(key, None)
         for homes in (self._sandboxes, self._members):
             keys = homes.get(_home(running), [])
             if key in keys:
@@ -89,6 +100,11 @@ class Pods:
             if not keys:
                 homes.pop(_home(running), None)
         return touched
+
+    def process(self, key: ContainerKey) -> tuple[int, int] | None:
+        """Return the process of a container that runs, and when that started; None where it is not known to run."""
+        running = self._running.get(key)
+        return None if running is None else (running.pid, running.started)
 
     def get(self, key: ContainerKey) -> Container | None:
         """Return what is published under ``key``, None where that is nothing."""
@@ -99,8 +115,10 @@ class Pods:
             members = (self._running[member] for member in sorted(self._members.get(_home(running), ())))
             names = (running.labels.get(POD_NAMESPACE, ""), running.labels.get(POD_NAME, ""))
             pod = Pod(*names, labels=running.labels)
-            return Container(key, running.pid, running.started, tuple(map(_member, members)), pod, running.annotation)
-        return Container(key, running.pid, running.started, (_member(running),), annotation=running.annotation)
+            its: tuple[tuple[Member, ...], Pod | None] = (tuple(map(_member, members)), pod)
+        else:
+            its = ((_member(running),), None)
+        return Container(key, running.pid, running.started, *its, running.annotation, running.live)
 
     def _published_as(self, running: Running) -> set[ContainerKey]:
         if running.kind == "container":

@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from . import __version__, netlink, systemd
 from .chronicle import Chronicle
 from .config import Config
-from .containerd import Containerd, ContainerdError, TaskEvent
+from .connections import Counts
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
+from .events import Event
 from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication, State
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import Status, networks, shown
+from .status import Status, layout, networks, shown
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
+from .tally import Reading, Tally
+from .taskevents import AHEAD, TOPICS, TaskEvent
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,8 @@ TICKS_TO_RESYNC = 6
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
+
+NOT_CONNECTED = "not connected"
 
 
 @dataclass(frozen=True)
@@ -77,36 +84,53 @@ class Reconciler:
     """Keeps the publications of one node, and the kernel in line with them.
 
     ``prepare`` makes ready what another configuration takes. ``on_change`` is called whenever what it has to say of
-    itself may have changed; ``status`` says it.
+    itself may have changed; ``status`` says it, and ``reading`` says it in numbers, with those of ``tally``.
+    ``on_turn`` is called each time that its loop has come round.
     """
 
     def __init__(
-        self, containerd: Containerd, survey: Survey, ground: Ground, prepare: Prepare, on_change: Callable[[], None]
+        self,
+        containerd: Containerd,
+        survey: Survey,
+        ground: Ground,
+        prepare: Prepare,
+        on_change: Callable[[], None],
+        on_turn: Callable[[], None],
+        tally: Tally | None = None,
     ) -> None:
+        self._tally = Tally() if tally is None else tally
+        self._tally.expect(TOPICS)
         self._containerd = containerd
         self._survey = survey
         self._ground = ground
         self._prepare = prepare
         self._on_change = on_change
+        self._on_turn = on_turn
         self._next_config: Config | None = None
         self._stale = ""  # why the configuration in use is not that of the files; empty where it is
+        self._reloaded_at = time.time()
         self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
         self._looked_at = 0.0  # when the kernel was last seen to hold what it should
         self._others_wrote = True
         self._deaf = True  # whether nobody tells when others write
-        self._chronicle = Chronicle()
+        self._chronicle = Chronicle(self._tally)
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
         self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
-        self._containerd_state = "not connected"
+        self._containerd_state = NOT_CONNECTED
+        self._lost = False  # whether containerd was there and is not now
         self._problem = ""  # why the kernel is not in line; empty where it is
+        self._told_in_line = False
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
+        self._revisions: dict[ContainerKey, str] = {}  # of what the operator gave containers, as they were last shown
+        self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
+        self._at_rest.set()
 
     async def run(self) -> None:
         """Keep the node in line until cancelled.
@@ -124,6 +148,24 @@ class Reconciler:
             await _end(node_watch)
             await self._leave_ground()
 
+    async def at_rest(self) -> None:
+        """Wait until what is known is decided and written, or could not be: ``status`` then is not half of a change."""
+        while self._turns:  # which the next may have come to before the end of the last was told
+            await self._at_rest.wait()
+
+    @contextlib.contextmanager
+    def _turn(self, cause: str) -> Iterator[None]:
+        began = time.monotonic()
+        self._turns += 1
+        self._at_rest.clear()
+        try:
+            yield
+        finally:
+            self._tally.turns[cause].observe(time.monotonic() - began)
+            self._turns -= 1
+            if not self._turns:
+                self._at_rest.set()
+
     async def _leave_ground(self) -> None:
         if self._table_watch is not None:
             await _end(self._table_watch)
@@ -135,22 +177,31 @@ class Reconciler:
 
     def use(self, config: Config) -> None:
         """Use another configuration from the next turn on; what is the same in both is not touched."""
+        self._next_config = None if config == self._survey.config else config
         if self._stale:
             self._stale = ""
+            if self._next_config is None:
+                self._reloaded()
             self._tell()
-        self._next_config = None if config == self._survey.config else config
         self._wake.set()
 
     def stay(self, reason: str) -> None:
         """Go on with the configuration in use, as the one of the files cannot be, and say why."""
         self._next_config = None
         if reason != self._stale:
+            self._tally.failed_reloads += 1
             self._stale = reason
-            log.error("the configuration stays as it was: %s", reason)
+            log.error(Event("not-reloaded", reason=reason))
             self._tell()
+
+    def _reloaded(self) -> None:
+        self._tally.reloads += 1
+        self._reloaded_at = time.time()
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
+        if config == self._survey.config:
+            return None  # it was asked for again while it was being taken up
         if config.containerd.address != self._survey.config.containerd.address:
             return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
         ground: Ground | None = None
@@ -166,22 +217,27 @@ class Reconciler:
         ground.dataplane.succeed(before.dataplane)
         self._ground = ground
         self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
+        self._reloaded()
         told = list(self._survey.publications)
         try:
             await self._survey.use(config, ground.firewalls)
         finally:
             await self._settle(mend=True, told=told)
         await self._dataplane.sweep()
-        log.info("the configuration was read anew: %s", self._summary())
+        log.info(Event("reloaded", **self._counted()))
 
     async def _run(self) -> None:
         while True:
             self._on_change()
-            systemd.watchdog()
-            await self._containerd.connected(systemd.watchdog)
+            self._on_turn()
+            await self._containerd.connected(self._on_turn)
             try:
                 async with self._containerd.events() as events:
-                    self._containerd_state = f"connected, version {await self._containerd.version()}"
+                    self._tally.subscriptions += 1
+                    version = await self._containerd.version()
+                    if self._containerd_state == NOT_CONNECTED:
+                        log.info(Event("containerd", address=self._containerd.address, version=version))
+                    self._containerd_state = f"connected, version {version}"
                     reader = asyncio.create_task(self._read(events))
                     try:
                         await self._follow(reader)
@@ -190,7 +246,10 @@ class Reconciler:
                         await asyncio.gather(reader, return_exceptions=True)
             except ContainerdError as error:
                 self._containerd_state = f"lost: {error}"
-                log.warning("%s; rules stay as they are until it answers again", error)
+                if not self._lost:
+                    reason = f"{error}; rules stay as they are until it answers again"
+                    log.warning(Event("containerd-lost", address=self._containerd.address, reason=reason))
+                self._lost = True
                 systemd.notify("STATUS=containerd is lost; rules stay as they are")
                 self._on_change()
                 await asyncio.sleep(RETRY)
@@ -213,6 +272,7 @@ class Reconciler:
             async for writer in alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
                 self._others_wrote = True
+                self._survey.prepare()  # it may have been a network that was made for a container
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
@@ -221,8 +281,12 @@ class Reconciler:
     async def _read(self, events: AsyncIterator[TaskEvent]) -> None:
         try:
             async for event in events:
-                if self._survey.config.watches(event.key.namespace):
-                    self._events += 1
+                if not self._survey.config.watches(event.key.namespace):
+                    continue
+                self._events += 1
+                self._tally.events[event.topic] += 1
+                self._survey.expect(event)
+                if event.topic not in AHEAD:
                     first = self._dirty.get(event.key)
                     at = time.monotonic() if first is None else first.at
                     self._dirty[event.key] = _Seen(at, event.pid)
@@ -232,53 +296,77 @@ class Reconciler:
 
     async def _follow(self, reader: asyncio.Task[None]) -> None:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
-        await self._survey.everything()
-        if self._blind:
-            log.info("the node can be looked at again")
-        self._blind = ""
-        self._looking.reset()
-        await self._settle(mend=True)
-        total = len(self._survey.publications)
-        if self._dataplane.in_line:
-            log.info("in line: containerd is %s, %d publications", self._containerd_state, total)
+        with self._turn("resync"):
+            await self._survey.everything()
+            if self._blind:
+                log.info("the node can be looked at again")
+            self._blind = ""
+            self._looking.reset()
+            await self._settle(mend=True)
+        if self._lost:
+            log.info(Event("containerd-back", address=self._containerd.address, **self._counted()))
+        self._lost = False
         systemd.notify("READY=1", f"STATUS={self._summary()}")
         self._on_change()
         await self._dataplane.sweep()
         await self._dataplane.prepare()
+        gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
         ticks, next_tick = 0, time.monotonic() + TICK
         while not reader.done():
-            systemd.watchdog()  # here alone while containerd answers: all that a turn has to do is behind it
+            self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
-                await self._change_config(config)
+                with self._turn("configuration"):
+                    await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
-                await asyncio.sleep(self._pace.wait(time.monotonic()))
-                if self._node_changed:
-                    self._node_changed = False
-                    await self._survey.node(others=False)
-                dirty, self._dirty = self._dirty, {}
-                await self._survey.look({key: seen.pid for key, seen in dirty.items()})
-                await self._settle(since=min((seen.at for seen in dirty.values()), default=None))
+                pause = self._pace.wait(time.monotonic())
+                if pause:
+                    await asyncio.sleep(pause)
+                with self._turn("event"):
+                    await self._look()
             elif time.monotonic() >= next_tick:
                 ticks, next_tick = ticks + 1, time.monotonic() + TICK
-                await self._tick(everything=ticks % TICKS_TO_RESYNC == 0)
+                everything = ticks % TICKS_TO_RESYNC == 0
+                with self._turn("resync" if everything else "tick"):
+                    await self._tick(everything)
             elif time.monotonic() >= self._due_at():
-                await self._settle(mend=True)
+                with self._turn("drift" if self._dataplane.in_line else "retry"):
+                    await self._settle(mend=True)
             await self._dataplane.prepare()
         await reader
 
+    async def _look(self) -> None:
+        """Look where events said that something happened, and make the kernel follow."""
+        if self._node_changed:
+            self._node_changed = False
+            await self._survey.node(others=False)
+        dirty, self._dirty = self._dirty, {}
+        since = min((seen.at for seen in dirty.values()), default=None)
+        named = {key: seen.pid for key, seen in dirty.items()}
+        foreseen = self._survey.foresee(named)
+        if foreseen:
+            await self._settle(since=since)
+        await self._survey.look(named, foreseen=foreseen)
+        await self._settle(since=since)
+
     async def _woken(self, until: float) -> None:
         """Wait for anything that is worth a look, or until then by the monotonic clock."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.0, until - time.monotonic()))
+        # Not by wait_for(), which lets two more turns of the event loop pass between an event and the look at it.
+        loop = asyncio.get_running_loop()
+        alarm = loop.call_later(max(0.0, until - time.monotonic()), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            alarm.cancel()
         self._wake.clear()
 
     def _due_at(self) -> float:
         """Return when the kernel is to be read: for what others wrote, or as writing failed."""
         if not self._dataplane.in_line:
             return self._retry_at
-        due = self._suspicion.due()
+        # Just before a container starts, its network is made, and with that rules: its port is not to wait for a look.
+        due = self._suspicion.due(busy=self._survey.start_is_near)
         return math.inf if due is None else due
 
     async def _tick(self, everything: bool) -> None:
@@ -292,6 +380,8 @@ class Reconciler:
             self._survey.what_may_heal()
         publications = self._survey.publications
         taken = self._dataplane.reserve_again() if everything else []
+        if everything:
+            self._chronicle.look_anew()  # whose host ports are reserved by now, nobody tells
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
@@ -318,8 +408,7 @@ class Reconciler:
                     self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
-                if self._problem:
-                    log.info("the kernel is in line again")
+                    self._tell_of_node()  # of tables of others something may be new, too
                 self._problem = ""
                 self._writing.reset()
             if grounds.since is not None:
@@ -330,8 +419,13 @@ class Reconciler:
             self._pace.take(time.monotonic())
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
+        if self._revisions != self._survey.revisions:
+            self._revisions, news = dict(self._survey.revisions), True
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
+        if self._dataplane.in_line and not self._told_in_line:
+            log.info(Event("in-line", **self._counted()))
+            self._told_in_line = True
         if self._dataplane.in_line:
             await self._dataplane.keep_host_ports()
             self._dataplane.drop_stale_flows().add_done_callback(self._complained)
@@ -347,8 +441,9 @@ class Reconciler:
 
     def _tell_of_node(self) -> None:
         """Say what is new of the node itself: each warning is logged as it comes."""
-        before, self._told = self._told, (self._survey.amiss, self._survey.warnings)
-        for warning in self._survey.warnings:
+        warnings = (*self._survey.warnings, *self._dataplane.warnings)
+        before, self._told = self._told, (self._survey.amiss, warnings)
+        for warning in warnings:
             if warning not in before[1]:
                 log.warning("%s", warning)
         if self._told != before:
@@ -365,8 +460,8 @@ class Reconciler:
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
         if str(error) != self._problem:
-            log.error("%s; trying again until it works", error)
-        self._problem = str(error)
+            log.error(Event("write-failed", reason=f"{error}; trying again until it works"))
+        self._problem, self._told_in_line = str(error), False
         self._retry_at = time.monotonic() + self._writing.pause()
 
     def _cannot_look(self, error: OSError) -> float:
@@ -386,6 +481,10 @@ class Reconciler:
         stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
         return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
 
+    def _counted(self) -> dict[str, int]:
+        publications = self._survey.publications
+        return {"publications": len(publications), "active": publications.count(State.ACTIVE)}
+
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""
         return Status(
@@ -395,18 +494,73 @@ class Reconciler:
             updated=shown(datetime.now(timezone.utc)),
             config=self._stale,
             containerd=self._containerd_state,
-            firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
+            firewall=self._problem or ("in line" if self._in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,
             last_repair=self._chronicle.last_repair,
-            publications=[
-                self._chronicle.shown(publication, self._dataplane.remark(publication), self._problem)
-                for publication in self._survey.publications
-            ],
+            publications=self._chronicle.all_shown(
+                self._survey.publications, self._dataplane.remark, self._problem, self._process
+            ),
             networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=[*filter(None, [self._blind, self._dataplane.complaint]), *self._survey.warnings],
+            warnings=self._warnings,
+            revisions={str(key): revision for key, revision in self._revisions.items()},
+            backend=next(iter(self._dataplane.firewalls.values())).name,
+            families=[family.value for family in self._dataplane.firewalls],
+            layout=layout(self._dataplane.layout),
+            addresses=sorted(map(str, self._survey.facts.addresses)),
+            services=sorted(map(str, self._survey.facts.services)),
         )
+
+    def _process(self, publication: Publication) -> int:
+        key = publication.container
+        candidate = self._survey.publications.candidate(key) if key is not None else None
+        return candidate.container.pid if candidate is not None else 0
+
+    def reading(self) -> Reading:
+        """Return in numbers what there is to say now, at a cost of microseconds: no publication is looked at."""
+        publications = self._survey.publications
+        states = {state: publications.count(state) for state in State}
+        if self._problem:  # as status() has it
+            states |= {State.ACTIVE: 0, State.WAITING: states[State.ACTIVE] + states[State.WAITING]}
+        held, limit = self._dataplane.held_ports
+        return Reading(
+            version=__version__,
+            backend=next((firewall.name for firewall in self._dataplane.firewalls.values()), "none"),
+            counted=self._tally.copy(),
+            states=states,
+            unmatched=publications.unmatched,
+            starved=publications.starved,
+            unreserved=self._dataplane.unreserved,
+            held_ports=held,
+            held_ports_limit=limit,
+            in_line=self._in_line,
+            connected=self._containerd_state.startswith("connected"),
+            config_in_use_is_current=not self._stale,
+            reloaded_at=self._reloaded_at,
+            transactions=self._dataplane.transactions,
+            repairs=self._chronicle.repairs,
+            warnings=len(self._warnings),
+        )
+
+    async def counts(self) -> Counts | None:
+        """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
+        return await self._dataplane.counts()
+
+    @property
+    def _in_line(self) -> bool:
+        # Not the dataplane's word: in the middle of each look that is no, and nobody would be told of the end of it.
+        return not self._problem and self._looked_at > 0
+
+    @property
+    def _warnings(self) -> list[str]:
+        complaints = filter(None, [self._blind, self._dataplane.complaint])
+        return [*complaints, *self._survey.warnings, *self._dataplane.warnings]
+
+    @property
+    def config(self) -> Config:
+        """The configuration in use."""
+        return self._survey.config
 
 
 def _cpu() -> float:

@@ -6,7 +6,9 @@ what of it there is.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import __version__, ports, status
@@ -14,13 +16,14 @@ from .config import Config
 from .containerd import Containerd
 from .dataplane import Dataplane, Transition
 from .endpoints import Endpoints
-from .firewall import Firewall
-from .firewall.text import diff
+from .firewall import AnyPlan, Firewall, FirewallError
+from .firewall.backends import others_than
 from .hostports import Reservations
+from .installed import Sight, shown
 from .listeners import UNKNOWN
-from .model import Family, Holder, Publication, State
+from .model import Family, Holder
 from .owners import owner_of
-from .rules import Layout, Rule
+from .rules import Layout
 from .survey import Survey
 
 # What is said of a socket that systemd alone has: one of tcp, which does not listen, is in no table of the kernel's.
@@ -38,33 +41,79 @@ async def without_daemon(
     """
     survey, due, version = await _look(config, firewalls, layout, directory)
     last = status.read(directory)
-    publications = [_as_it_is(publication, due) for publication in survey.publications]
-    lost = sum(publication.reason == NOT_INSTALLED for publication in publications)
-    return status.Status(
+    since = {its.owner: its.since for its in last.publications if its.owner} if last is not None else {}
+    publications = [status.PublicationStatus.of(each, "") for each in survey.publications]
+    current = status.Status(
         version=__version__,
         running=False,
         pid=0,
         updated=last.updated if last is not None else "",
         containerd=f"answers, version {version}",
-        firewall=_summary(due, lost),
-        publications=[status.PublicationStatus.of(publication, "") for publication in publications],
-        warnings=list(survey.warnings),
+        firewall="",
+        publications=[replace(its, since=since.get(its.owner, "")) for its in publications],
+        networks=status.networks(survey.facts, survey.amiss),
+        warnings=[*survey.warnings, *await _elsewhere(firewalls.values(), layout)],
+        backend=next(iter(firewalls.values())).name,
+        families=[family.value for family in firewalls],
+        layout=status.layout(layout),
+        addresses=sorted(map(str, survey.facts.addresses)),
+        services=sorted(map(str, survey.facts.services)),
     )
+    seen = shown(current, await Sight.of(due, firewalls.values()), NOT_INSTALLED)
+    return replace(seen, firewall=_summary(due, sum(its.installed is False for its in seen.publications)))
 
 
-async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> list[str]:
-    """Return what ``run`` would change in the kernel now, as the lines of a diff; empty where nothing. Changes nothing.
+async def _elsewhere(firewalls: Collection[Firewall], layout: Layout) -> list[str]:
+    """Return what the kernel holds of ours beside what is to be there, in a sentence each."""
+    said = []
+    if any([await firewall.plan_sweep() for firewall in firewalls]):
+        said.append("the kernel holds chains of another firewall.chain, too: `ctrport plan` shows them")
+    for other in await others_than(next(iter(firewalls)).name, layout):
+        with contextlib.suppress(FirewallError):  # what cannot be read there is somebody else's, or not there
+            if await other.counters():
+                said.append(f"{other.name} holds rules of ours, too: the daemon removes them when it starts")
+    return list(dict.fromkeys(said))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What ``run`` would change in the kernel now: what is due, and then what deletes chains of another name."""
+
+    due: Transition
+    sweeps: Sequence[tuple[Firewall, AnyPlan]]
+
+    def diff(self) -> list[str]:
+        """Return the lines of a diff, empty where nothing is to change."""
+        lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_off]
+        for firewall, plan in (*self.due.plans, *self.sweeps):
+            lines += firewall.diff(plan)
+        lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in self.due.localnet_on]
+        return lines + [f"+ bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+
+    def script(self) -> list[str]:
+        """Return lines of shell that do it, in the order of ``run``; empty where nothing is to change."""
+        lines = [_switch(device, 0) for device in self.due.localnet_off]
+        for firewall, plan in self.due.plans:
+            lines += firewall.script(plan)
+        lines += [_switch(device, 1) for device in self.due.localnet_on]
+        lines += [f"bridge link set dev {port} hairpin on" for port in self.due.hairpin_on]
+        for firewall, plan in self.sweeps:
+            lines += firewall.script(plan)
+        return lines
+
+
+def _switch(device: str, value: int) -> str:
+    # With slashes: the name of a device may have dots.
+    return f"sysctl -w net/ipv4/conf/{device}/route_localnet={value}"
+
+
+async def pending(config: Config, firewalls: dict[Family, Firewall], layout: Layout, directory: Path) -> Pending:
+    """Return what ``run`` would change in the kernel now. Changes nothing.
 
     Raises ``ContainerdError`` or ``FirewallError``.
     """
     _, due, _ = await _look(config, firewalls, layout, directory)
-    lines = [f"- sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_off]
-    for family, (_, plan) in zip(firewalls, due.plans, strict=True):
-        lines += diff(plan, family)
-    for family, firewall in firewalls.items():
-        lines += diff(await firewall.plan_sweep(), family)
-    lines += [f"+ sysctl net.ipv4.conf.{device}.route_localnet=1" for device in due.localnet_on]
-    return lines + [f"+ bridge link set dev {port} hairpin on" for port in due.hairpin_on]
+    return Pending(due, [(firewall, await firewall.plan_sweep()) for firewall in firewalls.values()])
 
 
 async def _look(
@@ -117,22 +166,3 @@ def _summary(due: Transition, lost: int) -> str:
     if lost:
         return f"{lost} mapping{'s are' if lost > 1 else ' is'} not all in the kernel"
     return "not in line: there is more in the kernel than should be, or elsewhere" if due else "in line"
-
-
-def _as_it_is(publication: Publication, due: Transition) -> Publication:
-    """Return a publication as far as the kernel holds it: active only where nothing that it needs is missing."""
-    if publication.state is not State.ACTIVE:
-        return publication
-    devices = {attachment.device for attachment in publication.attachments}
-    missing = (rule for _, plan in due.plans for rule in plan.added)
-    if not any(_needs(publication, rule) for rule in missing) and devices.isdisjoint(due.localnet_on):
-        return publication
-    return replace(publication, state=State.WAITING, reason=NOT_INSTALLED, attachments=(), bound=None)
-
-
-def _needs(publication: Publication, rule: Rule) -> bool:
-    """Whether a rule is the publication's own, its device's, or one that all of them need."""
-    kind, _, name = rule.owner.partition(" ")
-    if "/" in kind:
-        return rule.owner == owner_of(publication)
-    return kind != "device" or name.split(" ")[0] in {attachment.device for attachment in publication.attachments}

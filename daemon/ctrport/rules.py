@@ -11,12 +11,15 @@ Chain names are API: an operator's scripts and the next release know them. Chang
 from __future__ import annotations
 
 import enum
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from .model import (
+    Access,
     Address,
     Attachment,
     Family,
@@ -32,6 +35,11 @@ USER_CHAIN = "DOCKER-USER"  # the operator's, under dockerd's name for it whatev
 LOCALHOST4 = IPv4Network("127.0.0.0/8")
 LOCALHOST6 = IPv6Network("::1/128")
 LINK_LOCAL6 = IPv6Network("fe80::/10")
+
+#: The bit of a packet's mark that says, for as long as iptables' FORWARD is asked, that our own table has let it
+#: through. Of others: Cilium has 0xf00, netavark 0x1000, CNI's portmap 0x2000, kube-proxy 0x4000 and 0x8000, Calico and
+#: tailscale what is above these, and who counts marks himself begins at 1.
+ACCEPTED_MARK = 0x40
 
 
 class Table(str, enum.Enum):
@@ -106,6 +114,7 @@ class Match:
     translated: bool = False  # the flow's destination was translated (DNAT), by us or by another
     original_ports: PortRange | None = None  # the destination ports before translation
     original_destination: Address | None = None
+    mark: int | None = None  # the bits of the packet's mark that are set, whatever the others are
 
 
 @dataclass(frozen=True)
@@ -124,17 +133,54 @@ class Rule:
     owner: str
     rank: int = 0
     place: Place = Place.OWN
+    # No part of its value, but worked out of that once: a rule is looked up and written again and again.
+    tag: str | None = field(default=None, init=False, compare=False, repr=False)  # see ``firewall.text.tag``
+    _hash: int | None = field(default=None, init=False, compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            its = (self.family, self.table, self.chain, self.match, self.target, self.owner, self.rank, self.place)
+            object.__setattr__(self, "_hash", hash(its))
+        assert self._hash is not None
+        return self._hash
+
+
+@dataclass(frozen=True, order=True)
+class Gate:
+    """In which way a mapping is not for everybody: by sources with a prefix of that length, by the interface, or both.
+
+    ``version`` is that of the addresses; of length 0 is every source.
+    """
+
+    version: int
+    length: int
+    interface: bool
+
+
+def gates(accesses: Iterable[Access]) -> tuple[Gate, ...]:
+    """Return every way in which these are not for everybody, in order."""
+    found = set()
+    for access, family in itertools.product(accesses, Family):
+        sources = access.sources_of(family)
+        if sources or (sources is not None and access.interface is not None):
+            lengths = {source.prefixlen for source in sources} or {0}
+            found |= {Gate(family.value, length, access.interface is not None) for length in lengths}
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What of the config shapes the rules: the chain everything is named after, and what it is to do."""
+    """What of the config shapes the rules: the chain everything is named after, and what it is to do.
+
+    ``gates`` are those of all mappings that may be asked for.
+    """
 
     chain: str = "DOCKER"
     position: Place = Place.POLICY
     localhost: bool = True
     masquerade_all: bool = False  # who comes from anywhere, not from the container's own link alone
     networks: bool = False  # whether some bridge is run the Docker way
+    gates: tuple[Gate, ...] = ()
 
     @property
     def forward(self) -> str:
@@ -202,6 +248,19 @@ def skeleton(layout: Layout, family: Family) -> tuple[Rule, ...]:
     return (*marks, *jumps)
 
 
+def accepted(layout: Layout, family: Family) -> Rule:
+    """Return the rule by which a FORWARD of iptables that drops lets through what our own table of nftables accepted.
+
+    A packet that is dropped in any table is dropped, whatever another has said of it.
+    """
+    match = Match(mark=ACCEPTED_MARK)
+    return Rule(family, Table.FILTER, "FORWARD", match, ACCEPT, ACCEPTED_OWNER, place=layout.position)
+
+
+#: The owner of that rule.
+ACCEPTED_OWNER = "nftables"
+
+
 def rules_at(address: Address, layout: Layout) -> tuple[Rule, ...]:
     """Return the rules for one address of the node's: flows that were sent to it, and were translated, may be ours.
 
@@ -247,7 +306,7 @@ def rules_for(publication: Publication, layout: Layout, *, localnet_ours: bool =
         rules += _filter(publication, attachment, layout)
     device = needs_localnet(publication, layout)
     if device is not None:
-        rules += _localhost(LocalnetRecord(device, localnet_ours), layout)
+        rules += _localhost(LocalnetRecord(device, localnet_ours), layout.postrouting)
     return tuple(rules)
 
 
@@ -255,61 +314,67 @@ def _host_ip(publication: Publication) -> Address | None:
     return None if publication.mapping.any_host_ip else publication.mapping.host_ip
 
 
+# What follows is done between a container's start and its port being open, for each port of a range: so no value is
+# made where one is at hand, nor out of another by replace(), which takes ten times as long as to make one.
+
+
 def _nat(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
-    mapping, host_ip = publication.bound, _host_ip(publication)
+    mapping, host_ip, owner = publication.bound, _host_ip(publication), owner_of(publication)
     assert mapping is not None  # an active publication has it
     assert mapping.host_ports is not None
-    family = Family.of(attachment.address)
-    match = Match(
-        destination=None if host_ip is None else ip_network(host_ip),
-        in_device=publication.access.interface,
-        protocol=mapping.protocol,
-        ports=mapping.host_ports,
-    )
-    rule = Rule(
-        family,
-        Table.NAT,
-        layout.chain,
-        match,
-        Dnat(attachment.address, mapping.container_ports.first),
-        owner_of(publication),
-        rank=_ANY_ADDRESS if host_ip is None else _HOST_ADDRESS,
-    )
+    family, address = Family.of(attachment.address), attachment.address
+    destination = None if host_ip is None else ip_network(host_ip)
+    rank = _ANY_ADDRESS if host_ip is None else _HOST_ADDRESS
+
+    def rule(source: Network | None, ports: PortRange, port: int | None) -> Rule:
+        match = Match(
+            source=source,
+            # What comes from a link-local address cannot be sent on; iptables takes one source, and one that is named
+            # says enough.
+            not_source=LINK_LOCAL6 if family is Family.IPV6 and source is None else None,
+            destination=destination,
+            in_device=publication.access.interface,
+            protocol=mapping.protocol,
+            ports=ports,
+        )
+        return Rule(family, Table.NAT, layout.chain, match, Dnat(address, port), owner, rank)
+
     for source in publication.access.sources_of(family) or (None,):
-        # What comes from a link-local address cannot be sent on; iptables takes one source, and one that is named says
-        # enough.
-        not_source = LINK_LOCAL6 if family is Family.IPV6 and source is None else None
-        match = replace(rule.match, source=source, not_source=not_source)
         if len(mapping.host_ports) == 1:
-            yield replace(rule, match=match)
+            yield rule(source, mapping.host_ports, mapping.container_ports.first)
         elif mapping.host_ports == mapping.container_ports:
-            yield replace(rule, match=match, target=Dnat(attachment.address, None))
+            yield rule(source, mapping.host_ports, None)
         else:
             # A rule a port: of a shifted range (a-b/base) the kernel takes the neighbour's port when a tuple clashes.
             for host_port, port in zip(mapping.host_ports, mapping.container_ports, strict=True):
-                one = replace(match, ports=PortRange(host_port, host_port))
-                yield replace(rule, match=one, target=Dnat(attachment.address, port))
+                yield rule(source, PortRange(host_port, host_port), port)
     if host_ip is None or not host_ip.is_loopback:
-        hairpin = _translated_to(publication, attachment)
-        if not layout.masquerade_all:
-            hairpin = replace(hairpin, source=attachment.subnet)
-        yield Rule(family, Table.NAT, layout.hairpin, hairpin, MASQUERADE, owner_of(publication), rank=10)
+        hairpin = _translated_to(publication, attachment, source=None if layout.masquerade_all else attachment.subnet)
+        yield Rule(family, Table.NAT, layout.hairpin, hairpin, MASQUERADE, owner, rank=10)
 
 
 def _filter(publication: Publication, attachment: Attachment, layout: Layout) -> Iterator[Rule]:
     host_ip = _host_ip(publication)
     if host_ip is not None and host_ip.is_loopback:
         return  # reached from the host alone, whose packets are not forwarded
-    family, device = Family.of(attachment.address), attachment.device
-    for known in (Match(out_device=device), Match(in_device=device)):
-        match = replace(known, established=True, translated=True)
-        owner = f"device {device}"
-        yield Rule(family, Table.FILTER, layout.forward, match, ACCEPT, owner, rank=_KNOWN_FLOWS)
+    family = Family.of(attachment.address)
+    yield from _known_flows(family, attachment.device, layout.forward)
     match = _translated_to(publication, attachment)
     yield Rule(family, Table.FILTER, layout.chain, match, ACCEPT, owner_of(publication), rank=10)
 
 
-def _translated_to(publication: Publication, attachment: Attachment) -> Match:
+@lru_cache(maxsize=64)
+def _known_flows(family: Family, device: str, chain: str) -> tuple[Rule, ...]:
+    """Return the rules for the flows through a device that were let in already: all behind it have them."""
+    matches = (
+        Match(out_device=device, established=True, translated=True),
+        Match(in_device=device, established=True, translated=True),
+    )
+    owner = f"device {device}"
+    return tuple(Rule(family, Table.FILTER, chain, match, ACCEPT, owner, rank=_KNOWN_FLOWS) for match in matches)
+
+
+def _translated_to(publication: Publication, attachment: Attachment, source: Network | None = None) -> Match:
     """Match the flows that the publication's own DNAT sent to the container, and nobody else's.
 
     In chains that only see flows to the node's own addresses: there a host port is ours or, kube-proxy's NodePort
@@ -317,6 +382,7 @@ def _translated_to(publication: Publication, attachment: Attachment) -> Match:
     """
     assert publication.bound is not None
     return Match(
+        source=source,
         destination=ip_network(attachment.address),
         protocol=publication.bound.protocol,
         ports=publication.bound.container_ports,
@@ -326,17 +392,17 @@ def _translated_to(publication: Publication, attachment: Attachment) -> Match:
     )
 
 
-def _localhost(record: LocalnetRecord, layout: Layout) -> Iterator[Rule]:
+@lru_cache(maxsize=64)
+def _localhost(record: LocalnetRecord, postrouting: str) -> tuple[Rule, ...]:
     """What 127.0.0.1 needs under IPv4: a source the container can answer to, and a guard.
 
     route_localnet lets the device's side route 127.0.0.0/8 to us; the guard drops what does (CVE-2020-8558).
     """
-    v4 = Family.IPV4
-    for guarded in (Match(destination=LOCALHOST4), Match(source=LOCALHOST4)):
-        match = replace(guarded, not_in_device="lo")
-        yield Rule(v4, Table.RAW, "PREROUTING", match, DROP, "localhost guard", place=Place.EARLY)
+    v4, owner = Family.IPV4, "localhost guard"
+    guarded = (Match(destination=LOCALHOST4, not_in_device="lo"), Match(source=LOCALHOST4, not_in_device="lo"))
+    guards = (Rule(v4, Table.RAW, "PREROUTING", match, DROP, owner, place=Place.EARLY) for match in guarded)
     match = Match(source=LOCALHOST4, out_device=record.device)
-    yield Rule(v4, Table.NAT, layout.postrouting, match, MASQUERADE, record.owner, rank=10)
+    return (*guards, Rule(v4, Table.NAT, postrouting, match, MASQUERADE, record.owner, rank=10))
 
 
 @dataclass(frozen=True)

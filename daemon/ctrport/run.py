@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__, configfiles, status, systemd
+from . import __version__, configfiles, neighbours, scheduling, status, systemd
 from .config import Config, ConfigError
-from .containerd import Containerd
+from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
-from .firewall import Firewall, FirewallError
+from .events import Event
+from .firewall import FirewallError
 from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
-from .firewall.detect import choose, families, legacy_tables
+from .firewall.backends import every_firewall, firewalls, others_than
+from .firewall.detect import choose
 from .firewall.iptables_legacy import LegacyTables
-from .firewall.iptables_nft import NftCommands
-from .firewall.tables import Tables
 from .hostports import Reservations
+from .listen import Listen
 from .model import Family
 from .portsockets import allow_sockets, inheritable_sockets
 from .reconcile import Ground, Reconciler
-from .rules import Layout, Place
+from .rules import Layout, Place, gates
 from .survey import Survey
+from .tally import Tally
 
 log = logging.getLogger(__name__)
 
 #: Seconds between two writes of the status file at the least, and until one that failed is tried again.
 STATUS_PAUSE, STATUS_RETRY = 0.2, 2.0
+#: How much of the time writing it may take: 10,000 publications take 20 ms, and events wait for that long.
+STATUS_SHARE = 0.02
 #: Seconds until a configuration that could not be read is tried again.
 CONFIG_RETRY = 5.0
+
+#: Seconds after which one of two busy threads makes way for the other.
+SWITCHING = 0.0005
 
 _POSITIONS = {"auto": Place.POLICY, "first": Place.FIRST, "last": Place.LAST}
 
@@ -48,16 +58,8 @@ def layout(config: Config) -> Layout:
         firewall.localhost,
         masquerade_all=firewall.masquerade == "all",
         networks=bool(config.networks),
+        gates=gates(declaration.access for declaration in config.publish),
     )
-
-
-async def firewalls(its: Layout, backend: str, alarm: Alarm | None = None) -> dict[Family, Firewall]:
-    """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it."""
-    served = await families(backend)
-    if backend == LegacyTables.name:
-        return {family: Tables(LegacyTables(family), its) for family in served}
-    announce = (alarm.disregard,) if alarm is not None else ()
-    return {family: Tables(NftCommands(family, *announce), its) for family in served}
 
 
 def _alarm(backend: str, interval: float) -> Alarm | None:
@@ -71,46 +73,71 @@ def _alarm(backend: str, interval: float) -> Alarm | None:
         return None
 
 
-async def every_firewall() -> list[Firewall]:
-    """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
-    return [*(await firewalls(Layout(), NftCommands.name)).values(), *_existing_legacy(Layout())]
+class Failed(Exception):
+    """The daemon could not go on; why is in the log."""
 
 
-def _existing_legacy(its: Layout) -> list[Firewall]:
-    return [Tables(LegacyTables(family), its) for family in Family if legacy_tables(family)]
-
-
-async def run(config: Config, path: str, directory: Path) -> None:
+async def run(config: Config, path: str, directory: Path, lock: status.Lock) -> None:
     """Run until SIGTERM or SIGINT, with ``config`` at first, and then with what the files at ``path`` have.
 
-    ``directory`` is the run directory, whose lock the caller holds.
-    Raises ``FirewallError`` or ``ContainerdError`` where it cannot begin.
+    ``directory`` is the run directory, whose ``lock`` the caller holds. Raises ``Failed`` where it cannot begin or go
+    on.
     """
-    log.info("ctrport %s, declarations: %d", __version__, len(config.publish))
+    scheduling.ask_for_short_turns()  # before anything has threads
+    # Next to nothing here goes round in circles, and to look for that after each 700 new values stops all else.
+    gc.set_threshold(20_000, 20, 20)
+    try:
+        await _run(config, path, directory, lock)
+    except (FirewallError, ContainerdError) as error:
+        log.error(Event("stopped", reason=str(error)))
+        raise Failed from error
+    except OSError as error:
+        log.error(Event("stopped", reason=f"it cannot go on: {error.strerror or error}"))
+        raise Failed from error
+
+
+async def _run(config: Config, path: str, directory: Path, lock: status.Lock) -> None:
+    log.info(Event("started", version=__version__, pid=os.getpid(), kernel=os.uname().release))
+    log.info(_declared(config, path))
     kept = systemd.received()
     store = systemd.FileStore(systemd.manager(), inheritable_sockets())
     end, reload = asyncio.Event(), asyncio.Event()
     for number, event in ((signal.SIGTERM, end), (signal.SIGINT, end), (signal.SIGHUP, reload)):
         asyncio.get_running_loop().add_signal_handler(number, event.set)
-    changed = asyncio.Event()
-    reservations = Reservations(0, store=store)
+    changed, changed_for_metrics = asyncio.Event(), asyncio.Event()
+    reservations, tally = Reservations(0, store=store), Tally()
+    told = ""
+
+    def turned() -> None:
+        systemd.watchdog()
+        lock.turned()
 
     async def prepare(config: Config) -> Ground:
-        return await _ground(config, reservations)
+        nonlocal told
+        ground, found = await _ground(config, reservations, tally)
+        if str(found) != told:  # or a reload would say it each time
+            log.info(found)
+        told = str(found)
+        return ground
 
-    async with Containerd(config.containerd.address) as containerd, Endpoints() as endpoints:
+    def on_change() -> None:
+        changed.set()
+        changed_for_metrics.set()
+
+    async with Containerd(config.containerd.address, tally) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
         reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
-        if adopted:
-            log.info("sockets of host ports that systemd has kept: %d", adopted)
-        reconciler = Reconciler(containerd, survey, ground, prepare, changed.set)
+        log.info(Event("host-ports", limit=reservations.limit, kept=adopted))
+        log.info(Event("neighbours", **(neighbours.found() or {"found": "none"})))
+        reconciler = Reconciler(containerd, survey, ground, prepare, on_change, turned, tally)
         tasks = [
             asyncio.create_task(reconciler.run()),
             asyncio.create_task(_keep_reporting(reconciler, directory, changed)),
             asyncio.create_task(_watch_files(path, reload)),
             asyncio.create_task(_keep_current(reconciler, path, reload)),
+            asyncio.create_task(_keep_metrics(reconciler, changed_for_metrics)),
         ]
         ended = asyncio.create_task(end.wait())
         await asyncio.wait([*tasks, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -130,19 +157,40 @@ async def run(config: Config, path: str, directory: Path) -> None:
         status.write(directory, reconciler.status(running=False))
 
 
-async def _ground(config: Config, reservations: Reservations) -> Ground:
-    """Make ready what a configuration is carried out with."""
+def _declared(config: Config, path: str) -> Event:
+    """Return what there is to say of a configuration."""
+    return Event(
+        "configuration",
+        file=path,
+        declarations=len(config.publish),
+        mappings=sum(len(declaration.mappings) for declaration in config.publish),
+        containers_may_publish=len(config.containers_may_publish),
+        networks=",".join(config.networks) or "none",
+    )
+
+
+async def _ground(config: Config, reservations: Reservations, tally: Tally) -> tuple[Ground, Event]:
+    """Make ready what a configuration is carried out with; return what there is to say of it, too."""
     choice = await choose(config.firewall.backend)
-    log.info("backend %s: %s", choice.backend, choice.reason)
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
     reservations.limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
     if reservations.limit < config.firewall.reserve_limit:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm)
-    nft_is_other = choice.backend == LegacyTables.name
-    others = [*(await firewalls(shape, NftCommands.name)).values()] if nft_is_other else _existing_legacy(shape)
-    return Ground(its, Dataplane(its, shape, reservations, others), alarm)
+    its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
+    others = await others_than(choice.backend, shape)
+    found = Event(
+        "firewall",
+        backend=choice.backend,
+        reason=choice.reason,
+        families=",".join(f"IPv{family.value}" for family in its),
+        chain=shape.chain,
+        position=config.firewall.position,
+        localhost="yes" if shape.localhost else "no",
+        masquerade=config.firewall.masquerade,
+        alarm="none: looked at once a minute" if alarm is None else alarm.how,
+    )
+    return Ground(its, Dataplane(its, shape, reservations, others, tally), alarm), found
 
 
 async def _watch_files(path: str, reload: asyncio.Event) -> None:
@@ -174,19 +222,53 @@ async def _keep_current(reconciler: Reconciler, path: str, reload: asyncio.Event
             reconciler.use(config)
 
 
+async def _keep_metrics(reconciler: Reconciler, changed: asyncio.Event) -> None:
+    """Serve the metrics where the configuration in use says, for as long as it says so."""
+    while True:
+        where = reconciler.config.metrics.listen
+        serving = None if where is None else asyncio.create_task(_serve_metrics(reconciler, where))
+        try:
+            while reconciler.config.metrics.listen == where:
+                await changed.wait()
+                changed.clear()
+        finally:
+            if serving is not None:
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
+        if serving is not None:
+            log.info("metrics are served at %s no more", where)
+
+
+async def _serve_metrics(reconciler: Reconciler, where: Listen) -> None:
+    # Here, as most nodes do without.
+    from .exposition import Exposition
+    from .metrics import CONTENT_TYPE
+    from .scrapes import Scrapes
+
+    # The text is made on another thread. By default the loop would wait 5 ms each time that it wants to go on.
+    sys.setswitchinterval(SWITCHING)
+    exposition = Exposition(reconciler.reading, reconciler.counts)
+    try:
+        await Scrapes(exposition.text, CONTENT_TYPE).serve(where)
+    except Exception:
+        log.exception("metrics are served no more")
+    finally:
+        await exposition.close()
+
+
 async def _leave(config: Config, reservations: Reservations) -> None:
     """Keep or remove the rules, as ``firewall.on_stop`` says, and the sockets of their host ports with them."""
     if config.firewall.on_stop == "keep":
-        log.info("ended; the rules stay (firewall.on_stop: keep)")
+        log.info(Event("stopped", rules="stay", on_stop="keep"))
         return
     for firewall in await every_firewall():
         try:
             await remove_everything(firewall)
         except FirewallError as error:
-            log.error("%s; `ctrport clean` removes them", error)
+            log.error(Event("stopped", rules="left", reason=f"{error}; `ctrport clean` removes them"))
             return
     await reservations.forget()
-    log.info("ended; the rules are removed (firewall.on_stop: remove)")
+    log.info(Event("stopped", rules="removed", on_stop="remove"))
 
 
 async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyncio.Event) -> None:
@@ -196,7 +278,9 @@ async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyn
     while True:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), STATUS_RETRY if complaint else None)
+        await reconciler.at_rest()
         changed.clear()
+        began = time.thread_time()  # what it takes, not for how long others kept it from that
         try:
             with spare.lent():
                 _report(reconciler, directory)
@@ -207,7 +291,7 @@ async def _keep_reporting(reconciler: Reconciler, directory: Path, changed: asyn
             if not complaint:
                 log.warning("the status file cannot be written: %s; `ctrport ps` shows what it can see itself", error)
             complaint = str(error)
-        await asyncio.sleep(STATUS_PAUSE)
+        await asyncio.sleep(max(STATUS_PAUSE, (time.thread_time() - began) / STATUS_SHARE))
 
 
 def _report(reconciler: Reconciler, directory: Path) -> None:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from . import endpoints, nodeports
+from . import endpoints, nftports, nodeports
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
+from .events import warn_once
+from .expected import Expected, running_as
 from .firewall import Firewall, FirewallError
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
 from .pods import Pods, Running
 from .publish import Publications, chosen
+from .taskevents import TaskEvent
 
 T = TypeVar("T")
 
@@ -42,7 +45,9 @@ class Survey:
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
+        self._expected = Expected(containerd, finder)
         self._pods = Pods()
+        self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -61,6 +66,7 @@ class Survey:
         Raises ``ContainerdError`` where containers of other namespaces are looked for.
         """
         before, known = self.publications, self._config
+        self._expected.forget_all()
         self._config, self._firewalls = config, dict(firewalls)
         self._holders.clear()
         self.publications = _publications(config, self.facts, firewalls)
@@ -84,6 +90,7 @@ class Survey:
         for family, firewall in self._firewalls.items() if others else ():
             await self._ask(f"the tables of {family}", firewall.holders())
             await self._ask(f"kube-proxy's table of {family}", nodeports.holders(family))
+            self._see(f"other tables of {family}", family)
         holders = tuple(holder for found in self._holders.values() for holder in found)
         self.facts = replace(self._node.facts, holders=holders)
         self.publications.learn(self.facts)
@@ -95,8 +102,16 @@ class Survey:
         except (FirewallError, nodeports.Unknown) as error:
             log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
 
+    def _see(self, where: str, family: Family) -> None:
+        """Take in who holds host ports in tables of portmap's and dockerd's own."""
+        try:
+            self._holders[where] = nftports.holders(family)
+        except nftports.Unknown as error:
+            log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
+
     async def everything(self) -> None:
         """Look at the node and at every container there is. Raises ``ContainerdError``, and ``OSError`` as ``look``."""
+        self._expected.forget_all()
         await self.node()
         namespaces = [name for name in await self._containerd.namespaces() if self._config.watches(name)]
         annotations = self._config.reads_annotations
@@ -107,33 +122,81 @@ class Survey:
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
 
-    async def look(self, seen: Mapping[ContainerKey, int | None]) -> None:
+    def expect(self, event: TaskEvent) -> None:
+        """Take in what an event says of a container that is to start."""
+        self._expected.take(event, annotations=self._config.reads_annotations)
+
+    def prepare(self) -> None:
+        """Look where those are that are to start: a network may have been made for one."""
+        self._expected.prepare()
+
+    @property
+    def start_is_near(self) -> bool:
+        """Whether a container was made that may start any moment."""
+        return self._expected.soon()
+
+    def foresee(self, seen: Mapping[ContainerKey, int | None]) -> set[ContainerKey]:
+        """Take in what the kernel itself bears out of what events said, ahead of containerd's word; return of whom.
+
+        That a process is in the cgroup that containerd has stored for a container that was made: then it has started.
+        And that a process which ran is gone. ``look`` has to follow. Raises ``OSError`` as that does.
+        """
+        touched: set[ContainerKey] = set()
+        foreseen: set[ContainerKey] = set()
+        self._ahead.clear()
+        for key, pid in seen.items():
+            found, process = self._expected.started(key, pid) if pid is not None else None, self._pods.process(key)
+            if found is not None:
+                running, endpoint = found
+                if endpoint is not None:
+                    self._ahead[running.pid, running.started] = endpoint
+                    self._early.add(key)
+                touched |= self._pods.see(running)
+                foreseen.add(key)
+            elif pid is None and process is not None and not _lives(*process):
+                touched |= self._pods.forget(key)
+                foreseen.add(key)
+        self._judge(touched)
+        return foreseen
+
+    async def look(self, seen: Mapping[ContainerKey, int | None], *, foreseen: Collection[ContainerKey] = ()) -> None:
         """Look at these containers, each with the process it is said to have. Raises ``ContainerdError``.
 
         And ``OSError`` where this process may not so much as open a file: then it has to look at ``everything`` again.
-        What such a process shows is looked up while containerd answers, and counts if that is the process indeed.
+        What such a process shows is looked up while containerd answers, and counts if that is the process indeed; of
+        what was ``foreseen`` it is known already.
         """
         keys, annotations = list(seen), self._config.reads_annotations
         asked = asyncio.ensure_future(
-            _abreast(self._containerd.container(key, annotations=annotations) for key in keys)
+            _abreast(
+                self._containerd.container(key, annotations=annotations, stored=self._expected.stored(key))
+                for key in keys
+            )
         )
         for _ in range(STEPS_TO_ASK):
             await asyncio.sleep(0)
         try:
-            self._look_ahead(pid for pid in seen.values() if pid is not None)
+            self._look_ahead(pid for key, pid in seen.items() if pid is not None and key not in foreseen)
             answers = await asked
         finally:
             asked.cancel()
         found: dict[ContainerKey, Listed | None] = {}
         for key, answer in zip(keys, answers, strict=True):
             if isinstance(answer, Refused):
-                log.warning("container %s cannot be looked at, what was known of it stands: %s", key, answer)
+                warn_once(log, f"container {key} cannot be looked at, what was known of it stands: {answer}")
             elif isinstance(answer, BaseException):
                 raise answer
             else:
                 found[key] = answer
+                if answer is not None:
+                    self._expected.forget(key)
         self._take_in(found)
         self._ahead.clear()
+
+    @property
+    def revisions(self) -> Mapping[ContainerKey, str]:
+        """Of each that runs and that the operator's word is kept with: which revision of that it was seen with."""
+        return self._pods.revisions
 
     @property
     def amiss(self) -> dict[str, str]:
@@ -147,12 +210,7 @@ class Survey:
 
     def container_of(self, cgroup: str) -> str | None:
         """Return the container whose process has this in its /proc/PID/cgroup, among those that run."""
-        parts = {part.removesuffix(".scope") for line in cgroup.splitlines() for part in line.split("/")[1:]}
-        # A cgroup may be called PREFIX-ID, and either may have hyphens: the longest id is the one. ctr puts it below
-        # one with the name of the namespace.
-        found = [k for k in self._pods.running if any(part == k.id or part.endswith(f"-{k.id}") for part in parts)]
-        key = max(found, key=lambda key: (len(key.id), key.namespace in parts), default=None)
-        return None if key is None else str(key)
+        return container_of(cgroup, self._pods.running)
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet and may get one without any event."""
@@ -167,6 +225,7 @@ class Survey:
             running = None if listed is None else _running(listed)
             touched |= self._pods.forget(key) if running is None else self._pods.see(running)
         self._judge(touched)
+        self._early.clear()
 
     def _judge(self, keys: Iterable[ContainerKey]) -> None:
         """Tell the publications what is now known of what is published under ``keys``."""
@@ -189,7 +248,7 @@ class Survey:
         known = self.publications.candidate(container.key)
         if known is not None and isinstance(known.endpoint, Endpoint):
             process = (known.container.pid, known.container.started)
-            if process == (container.pid, container.started):
+            if process == (container.pid, container.started) and container.key not in self._early:
                 return known.endpoint  # the same process: its address does not change
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
 
@@ -213,13 +272,19 @@ def _running(listed: Listed) -> Running | None:
     """Return a container as its process shows it, None where the process is gone."""
     assert listed.pid is not None
     try:
-        return Running(
-            *(listed.key, listed.pid, endpoints.started(listed.pid), endpoints.netns(listed.pid)),
-            *(listed.labels, listed.annotation),
-        )
+        return running_as(listed, endpoints.started(listed.pid))
     except Gone as gone:
         log.debug("container %s ended while it was being looked at: %s", listed.key, gone)
         return None
+
+
+def _lives(pid: int, started: int) -> bool:
+    """Whether a process is there yet, with its network: that of a process which has ended is gone."""
+    try:
+        endpoints.netns(pid)
+        return endpoints.started(pid) == started
+    except Gone:
+        return False
 
 
 async def _abreast(looks: Iterable[Coroutine[None, None, T]]) -> list[T | BaseException]:
@@ -231,6 +296,16 @@ async def _abreast(looks: Iterable[Coroutine[None, None, T]]) -> list[T | BaseEx
             return await look
 
     return await asyncio.gather(*map(one, looks), return_exceptions=True)
+
+
+def container_of(cgroup: str, running: Iterable[ContainerKey]) -> str | None:
+    """Return which of those that run has a process with this in its /proc/PID/cgroup."""
+    parts = {part.removesuffix(".scope") for line in cgroup.splitlines() for part in line.split("/")[1:]}
+    # A cgroup may be called PREFIX-ID, and either may have hyphens: the longest id is the one. ctr puts it below
+    # one with the name of the namespace.
+    found = [k for k in running if any(part == k.id or part.endswith(f"-{k.id}") for part in parts)]
+    key = max(found, key=lambda key: (len(key.id), key.namespace in parts), default=None)
+    return None if key is None else str(key)
 
 
 def _may_heal(candidate: Candidate) -> bool:

@@ -6,6 +6,7 @@ Pure: the time is told, never read; times are of one monotonic clock.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .pace import Budget
@@ -44,11 +45,15 @@ class Suspicion:
         if writer and len(self._writers) < NAMED:
             self._writers[writer] = None
 
-    def due(self) -> float | None:
-        """Return when to look, None where there is nothing to look for."""
+    def due(self, *, busy: bool = False) -> float | None:
+        """Return when to look, None where there is nothing to look for.
+
+        Where it is ``busy``, not before it has to be: there is something else that should not wait for it.
+        """
         if self._since is None:
             return None
-        return max(min(self._last + PATIENCE, self._since + PATIENCE_WITH_MANY), self._budget.free_at())
+        quiet = math.inf if busy else self._last + PATIENCE
+        return max(min(quiet, self._since + PATIENCE_WITH_MANY), self._budget.free_at())
 
     def begin(self) -> Grounds:
         """Begin a look, whatever for: what is told from now on is for the next."""

@@ -15,6 +15,7 @@ from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, Unreacha
 from embedded.wait import eventually
 from tests.boot.tree import ROOT
 from tests.boot.world import CLIENT, NODE, UNIT, World
+from tests.node.prometheus import scraped
 
 #: Seconds of the watchdog in here: more than two turns of an idle loop. The unit's own would take longer than the rest.
 WATCHDOG = 25
@@ -59,7 +60,13 @@ time.sleep(3600)
 # In the daemon's own cgroup, as if it were the daemon that sent something.
 _SEND = """
 echo $$ >/sys/fs/cgroup/system.slice/ctrport.service/cgroup.procs
-exec python3 -c 'import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", 9))'
+exec python3 -c 'import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("198.51.100.2", 9))'
+"""
+
+# What docs/operating.md has for a Prometheus elsewhere: here the client.
+_SCRAPED_BY_THE_CLIENT = """
+[Service]
+IPAddressAllow=198.51.100.2
 """
 
 # An operator's own table that lets nothing through; what mends it is one rule.
@@ -204,7 +211,8 @@ def least_privilege(world: World) -> str:
     sent = world.machine.run("sh", "-c", _SEND, check=False)
     assert "PermissionError" in sent.stderr, "the service could send over IP"
     return (
-        f"{len(_CAPABILITIES)} capabilities, a filter for system calls; /etc, /opt, /run, /usr, /var read-only; no IP"
+        f"{len(_CAPABILITIES)} capabilities, a filter for system calls; /etc, /opt, /run, /usr, /var read-only; "
+        "no IP but to the machine itself"
     )
 
 
@@ -276,6 +284,40 @@ def reload(world: World) -> str:
     assert world.pid == pid, "it is another process"
     world.wait_quiet()  # it watches the file as well, and mends all when it reads it anew
     return f"8090 opened after {took:.0f} ms and closed again by the same process; {asking.none_lost()}"
+
+
+def metrics(world: World) -> str:
+    """For this machine as the unit is; for others with the drop-in that is documented."""
+    machine = world.machine
+    world.configure(f"{CONFIG}metrics: {{listen: 127.0.0.1:9477}}\n")
+    world.systemctl("reload", "ctrport")
+    here = eventually(lambda: _scraped(machine, "127.0.0.1"), within=15, what="the metrics being served")
+    assert here["ctrport_in_line"] == 1, here
+    world.configure(f"{CONFIG}metrics: {{listen: {NODE}:9477}}\n")
+    world.systemctl("reload", "ctrport")
+    served = f"metrics are served at http://{NODE}:9477/metrics to everybody who can reach it"
+    eventually(lambda: served in machine.journal(UNIT), what="the other address being served")
+    filtered = probe_tcp(world.client, NODE, 9477, timeout=1)
+    assert isinstance(filtered, TimedOut), filtered
+    drop_in = machine.path(f"/etc/systemd/system/{UNIT}.d/metrics.conf")
+    drop_in.write_text(_SCRAPED_BY_THE_CLIENT)
+    world.systemctl("daemon-reload")
+    world.systemctl("restart", "ctrport")
+    there = eventually(lambda: _scraped(world.client, NODE), within=15, what="the client being answered")
+    drop_in.unlink()
+    world.systemctl("daemon-reload")
+    world.configure(CONFIG)
+    world.systemctl("restart", "ctrport")
+    world.wait_quiet()
+    memory = there["process_resident_memory_bytes"] / (1 << 20)
+    return f"at 127.0.0.1; elsewhere nobody is answered, and the client with a drop-in; {memory:.0f} MiB resident"
+
+
+def _scraped(place: Place, address: str) -> dict[str, float]:
+    try:
+        return scraped(place, address=address)
+    except OSError:
+        return {}
 
 
 def legacy_tables(world: World) -> str:
@@ -400,7 +442,7 @@ def uninstall(world: World) -> str:
 
 STEPS: tuple[Callable[[World], str], ...] = (
     *(boots, make_install, security, containerd_comes_later, publishes, least_privilege),
-    *(restart, kill_9, watchdog, legacy_tables, reload),
+    *(restart, kill_9, watchdog, legacy_tables, reload, metrics),
     *(flush, nftables_service, firewalld, drop_in_another_table, upgrade, uninstall),
 )
 

@@ -219,6 +219,15 @@ def test_a_changed_configmap_is_taken_up(node: Node, pod: DaemonPod) -> None:
     refused(node, 8081)
 
 
+def test_a_container_is_given_ports_by_a_command_in_the_pod(node: Node, pod: DaemonPod) -> None:
+    given = pod.exec("/opt/ctrport/bin/ctrport", "publish", "web", "9090:80")
+    assert given.returncode == 0, given.stderr
+    assert isinstance(probe_tcp(node.client, node.address, 9090), Reply)
+    taken = pod.exec("/opt/ctrport/bin/ctrport", "unpublish", "web")
+    assert (taken.returncode, taken.stdout) == (0, "default/web 9090:80/tcp is withdrawn\n"), taken.stderr
+    assert isinstance(probe_tcp(node.client, node.address, 9090), Refused)
+
+
 def test_it_names_whose_a_port_is(node: Node, pod: DaemonPod) -> None:
     nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     server = node.spawn(*nobody, "busybox", "httpd", "-f", "-p", "9000", cwd="/")

@@ -275,7 +275,7 @@ def to_127(world: World) -> Seen:
 def from_127(world: World) -> Seen:
     # No answer would come anyway, since it goes to the node itself: what tells is whether the packet is let in.
     spoofer, gateway = world.street.sibling, world.street.network.gateway
-    world.street.node.run(world.street.site.backend, "-Z", "INPUT")
+    world.street.node.run(world.street.site.program, "-Z", "INPUT")
     with loopback_leaves(spoofer), world.socket(spoofer) as sender:
         sender.bind(("127.0.0.5", 0))
         sender.setblocking(False)
@@ -286,7 +286,7 @@ def from_127(world: World) -> Seen:
         assert _host_service(world.probe(spoofer, gateway, HOST_SERVICE)) is Seen.REACHED
     [count] = [
         int(line.split()[0])
-        for line in world.street.node.run(world.street.site.backend, "-nvxL", "INPUT").stdout.splitlines()
+        for line in world.street.node.run(world.street.site.program, "-nvxL", "INPUT").stdout.splitlines()
         if "127.0.0.0/8" in line
     ]
     return Seen.REACHED if count else Seen.SILENT

@@ -12,7 +12,7 @@ Protocol = Literal["tcp", "udp", "sctp"]
 Family = Literal["IPv4", "IPv6"]
 BridgeNf = Literal[0, 1]
 Policy = Literal["ACCEPT", "DROP"]
-Backend = Literal["iptables-nft", "iptables-legacy"]
+Backend = Literal["iptables-nft", "iptables-legacy", "nftables"]
 Wiring = Literal["bridge with ipMasq", "bridge without ipMasq", "routed veth"]
 
 PROTOCOLS: tuple[Protocol, ...] = ("tcp", "udp", "sctp")
@@ -21,7 +21,7 @@ BRIDGE_NF: tuple[BridgeNf, ...] = (0, 1)
 POLICIES: tuple[Policy, ...] = ("ACCEPT", "DROP")
 WIRINGS: tuple[Wiring, ...] = ("bridge with ipMasq", "bridge without ipMasq", "routed veth")
 
-BACKENDS: tuple[Backend, ...] = ("iptables-nft", "iptables-legacy")
+BACKENDS: tuple[Backend, ...] = ("iptables-nft", "iptables-legacy", "nftables")
 
 #: The kind of a protocol's sockets, and the third argument of socket(2).
 SOCKETS: dict[Protocol, tuple[socket.SocketKind, int]] = {
@@ -44,9 +44,14 @@ class Site:
         return f"{self.network}, bridge-nf {self.bridge_nf}, FORWARD {self.forward_policy}, {self.backend}"
 
     @property
+    def program(self) -> str:
+        """The command for the iptables that everything is in here, or is beside our own table."""
+        return "iptables-nft" if self.backend == "nftables" else self.backend
+
+    @property
     def programs(self) -> tuple[str, str]:
-        """The commands of IPv4 and of IPv6 for the tables that everything is in here."""
-        return self.backend, self.backend.replace("ip", "ip6", 1)
+        """The same of IPv4 and of IPv6."""
+        return self.program, self.program.replace("ip", "ip6", 1)
 
 
 @dataclass(frozen=True)

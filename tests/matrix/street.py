@@ -127,7 +127,7 @@ def _settle(node: Node, site: Site) -> None:
         node.sysctl(f"net/bridge/bridge-nf-call-{family}tables", site.bridge_nf)
         node.sysctl(f"net/{key}", 0)  # or a client is not always told that a port is closed
     # Counts what comes from 127.0.0.0/8 over a wire, and lets it go on: see `rows.from_127`.
-    node.run(site.backend, "-A", "INPUT", "-s", "127.0.0.0/8", "!", "-i", "lo")
+    node.run(site.program, "-A", "INPUT", "-s", "127.0.0.0/8", "!", "-i", "lo")
     for address in SECOND.values():
         node.add_address(address)
     node.start_containerd()

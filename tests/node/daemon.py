@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Imported before the privileges go: neither this tree nor the interpreter need be readable for everybody.
 _AS_NOBODY = """
 import os
-import ctrport.cli, ctrport.report, ctrport.run, encodings.ascii, rich.console, rich.table, rich.text
+import ctrport.cli, ctrport.report, ctrport.run, encodings.ascii
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)

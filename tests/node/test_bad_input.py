@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,16 +18,19 @@ WEB = publish(("{container: web}", "8080:80"))
 MAPPING = "8080:80/tcp"
 
 #: What ``run`` logs of itself before it can know that it will fail.
-_PREAMBLE = re.compile(r"\d\d:\d\d:\d\d INFO    (ctrport \S+, declarations: \d+|backend iptables-nft: .*)")
+_PREAMBLE = re.compile(r"\d\d:\d\d:\d\d INFO    (started|configuration|firewall|host-ports|neighbours) .*")
+#: And why it does then.
+_STOPPED = re.compile(r'\d\d:\d\d:\d\d ERROR   stopped reason=(".*")')
 
 
 def failing(ended: subprocess.CompletedProcess[str], status: int = 1) -> str:
-    """Return the one line that a command fails with, after a check that there is no other."""
+    """Return the one line that a command fails with, or why ``run`` did, after a check that there is no other."""
     assert ended.returncode == status, ended
     assert ended.stdout == ""
     lines = [line for line in ended.stderr.splitlines() if not _PREAMBLE.fullmatch(line)]
     assert len(lines) == 1, ended.stderr
-    return lines[0]
+    stopped = _STOPPED.fullmatch(lines[0])
+    return lines[0] if stopped is None else f"ctrport: {json.loads(stopped[1])}"
 
 
 def test_a_second_daemon_names_the_first(node: Node, ctrport: Ctrport) -> None:
@@ -199,7 +203,7 @@ def test_tables_that_cannot_be_written_are_reported_until_they_can(node: Node, c
     wait_open(node, 8080, "web")
     ctrport.wait_for(MAPPING, "active", "web")
     assert ctrport.messages.count(why) == 1
-    assert "the kernel is in line again" in ctrport.messages
+    assert ctrport.messages.count(" in-line ") == 1
     assert "Traceback" not in ctrport.messages
 
 
@@ -216,6 +220,10 @@ def test_a_configuration_that_may_not_be_read(node: Node, ctrport: Ctrport, comm
         assert "needs root" in failing(ended)
     else:
         expected = "ctrport: /run/config.yaml: Permission denied; expected a configuration file (--config)"
+        assert failing(ended, 2) == expected
+    if command == "check":  # nor the directory that it is in
+        ended = ctrport.run_as_nobody(command, "--config", str(ctrport.config))
+        expected = f"ctrport: {ctrport.config}: Permission denied; expected a configuration file (--config)"
         assert failing(ended, 2) == expected
 
 

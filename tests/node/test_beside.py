@@ -5,13 +5,13 @@ kube-proxy's tables are loaded as it writes them: rulesets/ has them. The plugin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from bench import portmap
+from ctrport.lines import pair
 from embedded.container import Container
 from embedded.node import Node
 from embedded.tables import comparable
@@ -135,10 +135,18 @@ ORDER = {
     },
 }
 HOLDER = {"iptables": "KUBE-NODEPORTS", "nftables": "kube-proxy"}
+every_backend = pytest.mark.parametrize("backend", ["iptables-nft", "nftables"])
 
 
+def settings(backend: str) -> str:
+    return f"firewall: {{backend: {backend}}}"
+
+
+@every_backend
 @pytest.mark.parametrize("mode", ORDER)
-def test_beside_kube_proxy_services_and_published_ports_work(node: Stage, ctrport: Ctrport, mode: str) -> None:
+def test_beside_kube_proxy_services_and_published_ports_work(
+    node: Stage, ctrport: Ctrport, mode: str, backend: str
+) -> None:
     load(node, mode)
     tables, found = theirs(node), services(node)
     # The tables do what they are for, or the rest would prove nothing.
@@ -149,7 +157,8 @@ def test_beside_kube_proxy_services_and_published_ports_work(node: Stage, ctrpor
             assert found[f"{name} to {target}"] == ("Refused",), found
 
     web, service = "{container: web}", "{container: service}"
-    ctrport.configure(publish((web, "8080:80"), (web, f"{NODE_PORT}:80"), (service, "8081:80")))
+    mappings = ((web, "8080:80"), (web, f"{NODE_PORT}:80"), (service, "8081:80"))
+    ctrport.configure(publish(*mappings, settings=settings(backend)))
     for _ in ("started", "restarted"):
         ctrport.start()
         reason = ctrport.wait_for(f"{NODE_PORT}:80/tcp", "conflict")["reason"]
@@ -158,10 +167,11 @@ def test_beside_kube_proxy_services_and_published_ports_work(node: Stage, ctrpor
         published(node, 8081, "service")
         assert services(node) == found
         assert theirs(node) == tables
-        assert {place: jumps(node, *place) for place in ORDER[mode]} == ORDER[mode]
+        if backend == "iptables-nft":
+            assert {place: jumps(node, *place) for place in ORDER[mode]} == ORDER[mode]
         assert ctrport.stop() == 0
     ctrport.run("clean")
-    assert "ctrport" not in node.tables()
+    assert "ctrport" not in node.run("nft", "list", "ruleset").stdout
     assert theirs(node) == tables
     assert services(node) == found
 
@@ -201,12 +211,13 @@ def test_where_nft_is_not_installed_all_else_works(node: Stage, ctrport: Ctrport
 # CNI's portmap plugin: hostPorts, and `nerdctl -p`
 
 
-def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport) -> None:
+@every_backend
+def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport, backend: str) -> None:
     service, sibling = node.service, node.sibling
-    portmap.call(node, "ADD", service, 9090, 80)
+    portmap.call(node, "ADD", service, {9090: 80})
     alone = theirs(node)
     web = "{container: web}"
-    ctrport.configure(publish((web, "8080:80"), (web, "9090:80")))
+    ctrport.configure(publish((web, "8080:80"), (web, "9090:80"), settings=settings(backend)))
     ctrport.start()
     reason = ctrport.wait_for("9090:80/tcp", "conflict")["reason"]
     assert reason == "host port 9090/tcp is held by CNI-HOSTPORT-DNAT"
@@ -214,7 +225,7 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport) -> None:
     published(node, 8080, "web")
     assert theirs(node) == alone
 
-    portmap.call(node, "ADD", sibling, 9091, 80)  # beside what ctrport has there already
+    portmap.call(node, "ADD", sibling, {9091: 80})  # beside what ctrport has there already
     both = theirs(node)
     assert both != alone
     for _ in ("running", "restarted"):
@@ -222,12 +233,13 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport) -> None:
         wait_open(node, 9091, "sibling")
         published(node, 8080, "web")
         assert theirs(node) == both
-        assert jumps(node, "nat", "PREROUTING") == ["CNI-HOSTPORT-DNAT", "DOCKER"]
-        assert jumps(node, "nat", "OUTPUT") == ["CNI-HOSTPORT-DNAT", "DOCKER"]
+        ours = ["DOCKER"] if backend == "iptables-nft" else []
+        assert jumps(node, "nat", "PREROUTING") == ["CNI-HOSTPORT-DNAT", *ours]
+        assert jumps(node, "nat", "OUTPUT") == ["CNI-HOSTPORT-DNAT", *ours]
         assert ctrport.stop() == 0
         ctrport.start()
 
-    portmap.call(node, "DEL", service, 9090, 80)
+    portmap.call(node, "DEL", service, {9090: 80})
     look_again(node)
     ctrport.wait_for("9090:80/tcp", "active")
     wait_open(node, 9090, "web")
@@ -246,7 +258,7 @@ def test_beside_portmap_both_publish(node: Stage, ctrport: Ctrport) -> None:
 def test_portmap_may_come_second(node: Stage, ctrport: Ctrport) -> None:
     ctrport.configure(publish(("{container: web}", "8080:80")))
     ctrport.start()
-    portmap.call(node, "ADD", node.service, 9090, 80)
+    portmap.call(node, "ADD", node.service, {9090: 80})
     tables = theirs(node)
     # It appends its jump to ours, which gives it the way at once: as it would have come first.
     order = ["CNI-HOSTPORT-DNAT", "DOCKER"]
@@ -282,15 +294,15 @@ def test_cilium_is_named_as_a_limit_when_it_comes(node: Stage, ctrport: Ctrport)
         assert ctrport.run("ps").stderr == f"warning: {warning}\n"
         look_again(node)
         eventually(lambda: "198.51.100.77" not in node.tables(), what="the node being looked at again")
-        assert ctrport.messages.count(warning) == 1
-        assert re.search(rf"WARNING +{re.escape(warning)}", ctrport.messages)
+        logged = pair("text", warning)
+        assert ctrport.messages.count(f" WARNING note {logged}\n") == 1
         wait_open(node, 8080, "web")  # it is a warning: nothing is taken away
 
         assert ctrport.stop() == 0
         without_daemon = ctrport.run("ps", "--config", str(ctrport.config)).stderr.splitlines()
         assert without_daemon[1:] == [f"warning: {warning}"]
         ctrport.start()
-        assert ctrport.messages.count(warning) == 2
+        assert ctrport.messages.count(logged) == 2
         assert ctrport.status()["warnings"] == [warning]
     finally:
         node.run("ip", "link", "delete", "cilium_host")

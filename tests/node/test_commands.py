@@ -16,7 +16,7 @@ from tests.node.daemon import Ctrport, publish, wait_closed, wait_open
 WEB = publish(("{container: web}", "8080:80"))
 MAPPING = "8080:80/tcp"
 DOWN = "the daemon is down; this is what can be seen without it\n"
-HEADER = ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "REASON"]
+HEADER = ["CONTAINER", "MAPPING", "ADDRESS", "STATE", "SINCE", "CONNECTIONS", "REASON"]
 NOT_INSTALLED = "its rules are not all in the kernel, and no daemon runs: systemctl start ctrport"
 
 
@@ -48,24 +48,44 @@ def test_ps_shows_each_mapping_with_its_state_and_why(node: Node, ctrport: Ctrpo
     header, lower, web, no = rows(shown.stdout)
     assert header == HEADER
     assert web[:4] == ["default/web", MAPPING, "172.17.0.2", "active"]
-    assert re.fullmatch(r"since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", web[4])
-    assert lower[:2] == ["default/web", "9:80/tcp"]
-    assert no == ["-", "7:70/tcp", "-", "waiting", "no running container matches container=no"]
+    assert re.fullmatch(r"\d+s ago", web[4])
+    assert int(web[5]) >= 1  # that it was answered
+    assert (lower[:2], lower[5]) == (["default/web", "9:80/tcp"], "0")
+    assert no[:4] == ["-", "7:70/tcp", "-", "waiting"]
+    assert no[5:] == ["-", "no running container matches container=no"]
 
 
 def test_ps_says_in_json_what_the_status_file_says(node: Node, ctrport: Ctrport) -> None:
     started(node, ctrport)
     shown = ctrport.run("ps", "--json")
     assert shown.stderr == ""
-    assert json.loads(shown.stdout) == ctrport.status()
-    assert ctrport.status()["running"] is True
+    said, kernel = json.loads(shown.stdout), ctrport.status()
+    assert (said.pop("kernel"), kernel.pop("kernel")) == ("in line", "")
+    [its], [daemons] = said["publications"], kernel["publications"]
+    asked = {key: its.pop(key) for key in ("installed", "connections", "bytes")}
+    assert {daemons.pop(key) for key in asked} == {None}
+    assert said == kernel
+    assert (said["running"], said["backend"], said["families"]) == (True, "iptables-nft", [4, 6])
+    assert asked["installed"] is True
+    assert asked["connections"] >= 1
+    assert asked["bytes"] >= 40 * asked["connections"]
+    assert its["owner"] == f"default/web {MAPPING}"
+    assert (
+        node.run("readlink", f"/proc/{its['process']}/ns/net").stdout != node.run("readlink", "/proc/1/ns/net").stdout
+    )
+    [attachment] = its["attachments"]
+    assert (attachment["address"], attachment["device"]) == ("172.17.0.2", "docker0")
 
 
-def test_ps_needs_no_root_while_the_daemon_runs(node: Node, ctrport: Ctrport) -> None:
+def test_ps_needs_no_root_while_the_daemon_runs_and_says_that_the_kernel_was_not_asked(
+    node: Node, ctrport: Ctrport
+) -> None:
     started(node, ctrport)
-    whole = ctrport.run("ps").stdout
     unprivileged = ctrport.run_as_nobody("ps")
-    assert (unprivileged.returncode, unprivileged.stdout, unprivileged.stderr) == (0, whole, "")
+    assert unprivileged.returncode == 0
+    assert unprivileged.stderr == "the kernel was not asked: that takes root; this is the daemon's word\n"
+    web = rows(unprivileged.stdout)[1]
+    assert (web[:4], web[5]) == (["default/web", MAPPING, "172.17.0.2", "active"], "-")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -77,7 +97,10 @@ def test_ps_without_the_daemon_says_so_and_shows_what_still_works(
     before = node.tables()
     shown = ctrport.run("ps", "--config", str(ctrport.config))
     assert shown.stderr == DOWN
-    assert rows(shown.stdout) == [HEADER, ["default/web", MAPPING, "172.17.0.2", "active"]]
+    header, web = rows(shown.stdout)
+    assert (header, web[:4]) == (HEADER, ["default/web", MAPPING, "172.17.0.2", "active"])
+    assert int(web[5]) >= 1
+    assert web[4].endswith(" ago")  # as the daemon had it
     assert isinstance(probe_tcp(node.client, node.address, 8080), Reply)
     assert node.tables() == before
 
@@ -90,6 +113,7 @@ def test_ps_without_the_daemon_in_json_is_json_alone_on_stdout(node: Node, ctrpo
     said = json.loads(shown.stdout)
     assert (said["running"], said["pid"], said["firewall"]) == (False, 0, "in line")
     assert [(p["mapping"], p["state"]) for p in said["publications"]] == [(MAPPING, "active")]
+    assert (said["kernel"], said["undeclared"]) == ("in line", [])
 
 
 @pytest.mark.parametrize("target", ["DNAT", "ACCEPT", "MASQUERADE"])
@@ -106,7 +130,8 @@ def test_ps_without_the_daemon_calls_nothing_active_that_has_lost_a_rule(
     ]
     node.run("iptables-nft", "-t", table, *shlex.split(lost.replace("-A", "-D", 1)))
     shown = ctrport.run("ps", "--config", str(ctrport.config))
-    assert rows(shown.stdout)[1] == ["default/web", MAPPING, "-", "waiting", NOT_INSTALLED]
+    web = rows(shown.stdout)[1]
+    assert (web[:4], web[6]) == (["default/web", MAPPING, "-", "waiting"], NOT_INSTALLED)
 
 
 def test_ps_without_the_daemon_counts_the_mappings_that_have_lost_a_rule(node: Node, ctrport: Ctrport) -> None:
@@ -144,9 +169,11 @@ def test_ps_without_the_daemon_sees_what_changed_since(node: Node, ctrport: Ctrp
     ctrport.stop()
     node.delete(web)
     node.start("shop")
-    shop, gone = rows(ctrport.run("ps", "--config", str(ctrport.config)).stdout)[1:]
-    assert shop == ["default/shop", "8081:80/tcp", "-", "waiting", NOT_INSTALLED]
-    assert gone == ["-", MAPPING, "-", "waiting", "no running container matches container=web"]
+    shop, gone, left = rows(ctrport.run("ps", "--config", str(ctrport.config)).stdout)[1:]
+    assert (shop[:4], shop[6]) == (["default/shop", "8081:80/tcp", "-", "waiting"], NOT_INSTALLED)
+    assert (gone[:4], gone[6]) == (["-", MAPPING, "-", "waiting"], "no running container matches container=web")
+    assert (left[:4], left[5]) == (["default/web", MAPPING, "-", "undeclared"], "0")
+    assert left[6].startswith("its rules are in the kernel, and nothing declares it: ")
 
 
 def test_ps_without_the_daemon_takes_a_route_localnet_that_was_on_before_for_no_loss(
@@ -174,13 +201,39 @@ def test_ps_without_the_daemon_does_not_call_a_kernel_in_line_that_holds_too_muc
     assert said["firewall"] != "in line"
 
 
+def test_ps_without_the_daemon_says_what_is_left_under_another_name_and_in_other_tables(
+    node: Node, ctrport: Ctrport
+) -> None:
+    for tool in ("iptables-legacy", "ip6tables-legacy"):
+        for table in ("raw", "nat", "filter"):
+            node.run(tool, "-t", table, "-L", "-n")
+    Server(node.start("web"), 80)
+    legacy = ""
+    for settings in ("firewall: {backend: iptables-legacy}", "firewall: {chain: WHALE}"):
+        ctrport.configure(publish(("{container: web}", "8080:80"), settings=settings))
+        ctrport.start()
+        wait_open(node, 8080, "web")
+        ctrport.stop()
+        legacy = legacy or node.run("iptables-legacy-save", "-t", "nat").stdout
+    node.run("iptables-legacy-restore", "--noflush", input=legacy)  # as a daemon leaves it that was killed in between
+    ctrport.configure(WEB)
+    before = node.tables()
+    said = ctrport.run("ps", "--config", str(ctrport.config)).stderr.splitlines()
+    assert said[1:] == [
+        "warning: the kernel holds chains of another firewall.chain, too: `ctrport plan` shows them",
+        "warning: iptables-legacy holds rules of ours, too: the daemon removes them when it starts",
+    ]
+    assert node.tables() == before
+
+
 def test_ps_on_a_node_where_ctrport_never_ran(node: Node, ctrport: Ctrport) -> None:
     node.start("web")
     before = node.tables()
     ctrport.configure(WEB)
     shown = ctrport.run("ps", "--config", str(ctrport.config))
     assert shown.stderr == DOWN
-    assert rows(shown.stdout)[1] == ["default/web", MAPPING, "-", "waiting", NOT_INSTALLED]
+    web = rows(shown.stdout)[1]
+    assert (web[:4], web[6]) == (["default/web", MAPPING, "-", "waiting"], NOT_INSTALLED)
     assert node.tables() == before
     assert not node.path("/run/ctrport").exists()
 

@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from ctrport.containerd import (
     Containerd,
     ContainerdError,
     Listed,
-    TaskEvent,
+    NotFound,
     Unavailable,
     Unresponsive,
 )
 from ctrport.model import ContainerKey
+from ctrport.taskevents import TaskEvent
 from embedded.container import Container
 from embedded.host import stands_still
 from embedded.node import Node
@@ -81,12 +83,16 @@ def stopped(pids: list[int]) -> Iterator[None]:
 async def test_the_life_of_a_container_is_seen_event_by_event(node: Node) -> None:
     async with there(node) as containerd, containerd.events() as events:
         web = node.start("web", network=None, labels={"app": "web"})
-        assert await following(events) == [("web", "/tasks/start")]
+        made = [("web", "/containers/create"), ("web", "/tasks/create")]
+        assert await following(events, 3) == [*made, ("web", "/tasks/start")]
         assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"})
+        stored = await containerd.stored(key(web))
+        assert stored.labels == {"app": "web"}
+        assert await containerd.container(key(web), stored=stored) == replace(stored, pid=web.pid, runs=True)
 
         node.pause(web)
         assert await following(events) == [("web", "/tasks/paused")]
-        assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"})
+        assert await containerd.container(key(web)) == Listed(key(web), web.pid, {"app": "web"}, paused=True)
         node.resume(web)
         assert await following(events) == [("web", "/tasks/resumed")]
 
@@ -100,9 +106,12 @@ async def test_the_life_of_a_container_is_seen_event_by_event(node: Node) -> Non
         node.kill(web)
         assert await following(events) == [("web", "/tasks/exit")]
         assert await containerd.container(key(web)) is None
+        assert await containerd.container(key(web), stored=stored) is None
         node.delete(web)
         assert await following(events, 2) == [("web", "/tasks/delete"), ("web", "/containers/delete")]
         assert await containerd.container(key(web)) is None
+        with pytest.raises(NotFound):
+            await containerd.stored(key(web))
 
 
 async def test_a_listing_has_what_runs_or_is_paused_of_that_namespace_with_its_labels(node: Node) -> None:
@@ -116,7 +125,7 @@ async def test_a_listing_has_what_runs_or_is_paused_of_that_namespace_with_its_l
         assert (await containerd.version()).startswith(("1.", "2.", "v2."))
         assert await containerd.namespaces() == ["default", "other"]
         assert await containerd.containers("default") == [
-            Listed(key(frozen), frozen.pid, {}),
+            Listed(key(frozen), frozen.pid, {}, paused=True),
             Listed(key(web), web.pid, {"app": "web"}),
         ]
         listed = await containerd.containers("other")

@@ -95,7 +95,7 @@ def test_of_a_pod_the_annotation_is_published_and_only_where_a_rule_allows_it(no
 
 def test_an_oci_annotation_is_published_also_after_a_rule_was_added(node: Node, daemon: Ctrport) -> None:
     daemon.configure("")
-    eventually(lambda: "read anew" in daemon.messages, what="the rules being gone")
+    eventually(lambda: " reloaded " in daemon.messages, what="the rules being gone")
     web = node.start("annotated", options=("--annotation", f"{NAME}=8280:80"))
     with Server(web, 80):
         daemon.configure(RULES)

@@ -17,7 +17,7 @@ from tests.node.daemon import Ctrport, wait_open
 
 #: The host ports of ctrport's containers and of dockerd's; of those, one that the other side wants too.
 OURS, WANTED, SOON, DOCKERS, TAKEN = 8080, 8082, 8083, 8081, 8081
-CHAIN = "firewall: {chain: CTRPORT}\n"
+CHAIN, OWN_TABLE = "firewall: {chain: CTRPORT}\n", "firewall: {backend: nftables}\n"
 PUBLISH = f"""\
 publish:
   - match: {{container: web}}
@@ -94,8 +94,8 @@ def forward(node: Node) -> list[str]:
     return node.run("iptables-nft", "-S", "FORWARD").stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def beside() -> Iterator[Beside]:
+@pytest.fixture(scope="module", params=[CHAIN, OWN_TABLE], ids=["chain", "table"])
+def beside(request: pytest.FixtureRequest) -> Iterator[Beside]:
     with Node() as node:
         node.run("iptables-nft", "-P", "FORWARD", "DROP")
         node.start_containerd()
@@ -108,7 +108,7 @@ def beside() -> Iterator[Beside]:
             Server(place, 80)
         ctrport = Ctrport(node)
         beside = Beside(node, ctrport, dockerd, web, shop, node.tables())
-        ctrport.configure(CHAIN + PUBLISH)
+        ctrport.configure(request.param + PUBLISH)
         ctrport.start()
         yield beside
 
@@ -118,6 +118,8 @@ def beside() -> Iterator[Beside]:
 
 def test_both_publish(beside: Beside) -> None:
     beside.assert_both_answer()
+    said = beside.ctrport.run("explain", str(OURS), "--config", str(beside.ctrport.config)).stdout.splitlines()[-1]
+    assert said.endswith(" reaches 172.30.0.2:80 in container default/web")
 
 
 def test_a_port_that_dockerd_has_is_in_conflict_and_stays_dockerds(beside: Beside) -> None:
@@ -126,6 +128,12 @@ def test_a_port_that_dockerd_has_is_in_conflict_and_stays_dockerds(beside: Besid
         said = beside.ctrport.wait_for(f"{TAKEN}:80/tcp", "conflict")["reason"]
         assert said == f"host port {TAKEN}/tcp is held by DOCKER"
         beside.assert_both_answer()
+        ended = beside.ctrport.run("explain", str(TAKEN), "--config", str(beside.ctrport.config), check=False)
+        assert ended.returncode == 1
+        assert ended.stdout.splitlines()[-1] == (
+            f"does not work, because dockerd has port {TAKEN}/tcp, and default/late {TAKEN}:80/tcp does not get it: "
+            "give one of them another port, or take the other away"
+        )
     finally:
         beside.node.delete(late)
 
@@ -149,7 +157,10 @@ def test_a_restart_of_dockerd_leaves_ctrports_ports_and_the_order_is_put_right(b
     beside.shop = beside.dockerd.container("shop")
     Server(beside.shop, 80)
     # dockerd puts its own on top, which is seen at once.
-    eventually(lambda: "ctrport" in forward(beside.node)[1], what="our jump being on top again")
+    if OWN_TABLE in beside.ctrport.config.read_text():
+        eventually(lambda: "ctrport nftables" in forward(beside.node)[2], what="our rule being behind the operator's")
+    else:
+        eventually(lambda: "ctrport" in forward(beside.node)[1], what="our jump being on top again")
     assert forward(beside.node)[1].endswith("-j DOCKER-USER")
     beside.assert_both_answer()
     # The connection to containerd was dockerd's as well: it goes on publishing.
@@ -198,6 +209,7 @@ def test_clean_leaves_dockerds_rules_as_they_are(beside: Beside) -> None:
 # Chain DOCKER
 
 
+@pytest.mark.parametrize("beside", [CHAIN], indirect=True)
 @pytest.mark.parametrize("empty", [False, True], ids=["dockerd-publishes", "dockerd-publishes-nothing"])
 def test_with_dockerds_chain_it_says_why_it_does_not_start_and_changes_nothing(beside: Beside, empty: bool) -> None:
     node, ctrport = beside.node, beside.ctrport
@@ -213,7 +225,7 @@ def test_with_dockerds_chain_it_says_why_it_does_not_start_and_changes_nothing(b
         assert ctrport.wait() == 1
         [said] = [line for line in ctrport.messages.splitlines() if "somebody else's" in line]
         assert REFUSAL in said
-        assert said.endswith(MEND)
+        assert said.endswith(f'{MEND}"')
         for command in ("plan", "ps"):
             refused = ctrport.run(command, "--config", str(ctrport.config), check=False)
             assert (refused.returncode, refused.stdout) == (1, "")
@@ -258,7 +270,7 @@ def test_dockerd_that_takes_the_chain_of_a_running_daemon_has_it_and_the_daemon_
         assert said.endswith(MEND)
         assert said in ctrport.run("ps").stdout
         assert f"{said}; trying again until it works" in ctrport.messages
-        assert "in line: containerd" not in ctrport.messages.split(said, 1)[1]
+        assert " in-line " not in ctrport.messages.split(said, 1)[1]
         assert _without_cni(node.tables()) == left
         shop = dockerd.run("shop", f"{DOCKERS}:80")
         Server(shop, 80)

@@ -63,7 +63,7 @@ class World:
     @property
     def told(self) -> list[str]:
         """What was said of drift."""
-        return [line for line in self.ctrport.messages.splitlines() if "drift:" in line]
+        return [line for line in self.ctrport.messages.splitlines() if " drift " in line]
 
     def is_in_order(self) -> bool:
         """Where it matters: host addresses before wildcards, and the operator's rules before all."""

@@ -129,7 +129,7 @@ def test_a_udp_client_follows_its_port_to_the_container_that_waited_for_it(node:
     second = node.start("web2")
     Server(first, 53, kind=DNS)
     Server(second, 53, kind=DNS)
-    ctrport.wait_for("5353:53/udp", "conflict", "web2")
+    ctrport.wait_for("5353:53/udp", "waiting", "web2")
     with persistent(node.client, node.address, 5353) as client:
         eventually(lambda: "web1" in client.answers, what="the first answering")
         node.delete(first)  # rules of the one go and of the other come in one transaction

@@ -172,7 +172,7 @@ def test_a_node_without_ip6tables_serves_ipv4_and_says_so(node: Node, ctrport: C
     ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "[::]:8081:80")))
     without = {"PATH": str(programs)}
     ctrport.start(env=without)
-    assert "WARNING IPv6 is not served: ip6tables-nft-save is not installed" in ctrport.messages
+    assert 'WARNING note text="IPv6 is not served: ip6tables-nft-save is not installed' in ctrport.messages
     assert served(node, 8080) == {"IPv4": "web"}
     publication = ctrport.publication("[::]:8081:80/tcp")
     assert (publication["state"], publication["reason"]) == ("unsupported", "this node cannot publish on IPv6")

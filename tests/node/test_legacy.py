@@ -79,7 +79,10 @@ def test_the_daemon_says_which_backend_it_took_and_why(node: Node, ctrport: Ctrp
     before = node.tables()
     ctrport.start()
     wait_open(node, 8080, "web")
-    assert "backend iptables-legacy: the kubelet writes legacy tables" in ctrport.messages
+    assert (
+        'firewall backend=iptables-legacy reason="the kubelet writes legacy tables" families=IPv4,IPv6'
+        in ctrport.messages
+    )
     assert "ctrport default/web 8080:80/tcp" in legacy(node)
     assert node.tables() == before
 
@@ -154,7 +157,7 @@ def test_what_others_take_away_comes_back_when_it_is_looked_for(node: Node, ctrp
         node.run(program, "-w", *shlex.split(words))
     eventually(lambda: ctrport.status()["repairs"], what="the repair")
     eventually(lambda: sorted(legacy(node).splitlines()) == sorted(whole.splitlines()), what="the tables as before")
-    assert re.search(r"WARNING drift: \d+ rules? gone.*; repaired after at most \d+ s", ctrport.messages)
+    assert re.search(r'WARNING drift what="\d+ rules? gone.*" within=\d+s', ctrport.messages)
     wait_open(node, 8080, "web")
     # What is others' own is let pass.
     before = ctrport.status()

@@ -26,7 +26,8 @@ from ctrport.model import Family
 from ctrport.rules import ACCEPT, Match, Rule, Table, Verdict
 from embedded.host import Host, end_process
 from embedded.wait import eventually
-from tests.contract.firewall import LAYOUT, fit, lines, wanted
+from tests.contract.firewall import LAYOUT, wanted
+from tests.contract.tables import fit, lines
 from tests.node.test_firewall_contract import in_namespace_of
 
 T = TypeVar("T")

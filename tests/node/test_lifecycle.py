@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,8 +88,8 @@ def test_a_command_execd_in_a_container_changes_nothing_by_its_end(node: Node, c
         marked(node, ctrport)
         assert answered()
     after = ctrport.status()
-    # The marker's own; an event that names the container would be no harm, but is not worth a look.
-    assert (after["transactions"], after["events"]) == (before["transactions"] + 1, before["events"] + 1)
+    # The marker's own three; one that names the container would be no harm, but is not worth a look.
+    assert (after["transactions"], after["events"]) == (before["transactions"] + 1, before["events"] + 3)
     assert "withdrawn" not in ctrport.messages
 
 
@@ -258,8 +259,8 @@ def test_of_two_for_one_port_the_first_to_start_has_it(
         Server(node.start(name, labels=APP_SHOP), 80)
     if not daemon_first:
         ctrport.start()
-    loser = ctrport.wait_for(MAPPING, "conflict", second)
-    assert loser["reason"] == f"host port 8080/tcp is held by default/{first} (8080:80/tcp)"
+    loser = ctrport.wait_for(MAPPING, "waiting", second)
+    assert loser["reason"] == f"default/{first} serves host port 8080/tcp; next in line"
     assert loser["addresses"] == []
     wait_open(node, 8080, first)
     assert ctrport.publication(MAPPING, first)["state"] == "active"
@@ -271,13 +272,13 @@ def test_a_port_goes_on_to_the_next_and_not_back(node: Node, ctrport: Ctrport) -
     one = node.start("one", labels=APP_SHOP)
     Server(one, 80)
     Server(node.start("two", labels=APP_SHOP), 80)
-    ctrport.wait_for(MAPPING, "conflict", "two")
+    ctrport.wait_for(MAPPING, "waiting", "two")
     wait_open(node, 8080, "one")
     node.delete(one)
     wait_open(node, 8080, "two")
     ctrport.wait_for(MAPPING, "active", "two")
     Server(node.start("one", labels=APP_SHOP), 80)
-    assert "held by default/two" in ctrport.wait_for(MAPPING, "conflict", "one")["reason"]
+    assert ctrport.wait_for(MAPPING, "waiting", "one")["reason"].startswith("default/two serves ")
     assert isinstance(reply := probe_tcp(node.client, node.address, 8080), Reply)
     assert reply.name == "two"
 
@@ -287,7 +288,7 @@ def test_who_has_a_port_keeps_it_when_the_daemon_restarts(node: Node, ctrport: C
     ctrport.start()
     for name in ("zz", "aa"):
         Server(node.start(name, labels=APP_SHOP), 80)
-    ctrport.wait_for(MAPPING, "conflict", "aa")
+    ctrport.wait_for(MAPPING, "waiting", "aa")
     wait_open(node, 8080, "zz")
     with connected(node.client, node.address, 8080) as answered:
         ctrport.stop()
@@ -295,3 +296,54 @@ def test_who_has_a_port_keeps_it_when_the_daemon_restarts(node: Node, ctrport: C
         assert answered()
     wait_open(node, 8080, "zz")
     assert ctrport.transactions == 0
+
+
+def restart(ctrport: Ctrport, number: signal.Signals) -> None:
+    """End the daemon so, and return when the next one has come round: one that was killed has left its last word."""
+    before = ctrport.status()["pid"]
+    ctrport.stop(number)
+    ctrport.start()
+    eventually(lambda: ctrport.status()["pid"] != before and ctrport.in_line(), what="the word of the next one")
+
+
+def test_who_waits_takes_over_from_a_task_that_was_killed_in_the_order_of_the_start(
+    node: Node, ctrport: Ctrport
+) -> None:
+    ctrport.configure(SHOP)
+    ctrport.start()
+    containers = {name: node.start(name, labels=APP_SHOP) for name in ("zz", "mm", "aa", "kk")}
+    for container in containers.values():
+        Server(container, 80)
+    line = [*containers]
+
+    def in_order() -> bool:
+        """Whether the first of the line serves, and each of the others is told its place."""
+        serves, *waiting = line
+        for name, place in zip(waiting, ("next", "2nd", "3rd"), strict=False):
+            publication = ctrport.publication(MAPPING, name)
+            assert publication["state"] == "waiting", publication
+            assert publication["reason"] == f"default/{serves} serves host port 8080/tcp; {place} in line"
+        assert ctrport.publication(MAPPING, serves)["state"] == "active"
+        return True
+
+    eventually(in_order, what="the line")
+    shown = [" ".join(row.split()[:4]) for row in ctrport.run("ps").stdout.splitlines()[1:]]
+    assert shown == [
+        "default/aa 8080:80/tcp - waiting",
+        "default/kk 8080:80/tcp - waiting",
+        "default/mm 8080:80/tcp - waiting",
+        "default/zz 8080:80/tcp 172.17.0.2 active",
+    ]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        restart(ctrport, number)
+        eventually(in_order, what="the line after a restart")
+    wait_open(node, 8080, "zz")
+    node.kill(containers[line.pop(0)])
+    wait_open(node, 8080, "mm")
+    eventually(in_order, what="the line, moved up")
+    ctrport.stop(signal.SIGKILL)
+    node.kill(containers[line.pop(0)])
+    ctrport.start()
+    wait_open(node, 8080, "aa")
+    eventually(in_order, what="the line, moved up while nobody looked")
+    assert ctrport.messages.count("waiting container=default/kk ") == 4  # once a daemon, not at each step

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from typing import Literal
+
+import pytest
 
 from embedded.node import Node
-from embedded.traffic import Refused, Server, probe_tcp
+from embedded.traffic import Refused, Reply, Server, probe_tcp
 from embedded.wait import eventually
 from tests.node.daemon import Ctrport, publish, wait_open
 
@@ -229,3 +232,86 @@ def test_plan_needs_root_and_iptables(node: Node, ctrport: Ctrport) -> None:
     ended = ctrport.run("plan", "--config", "/run/config.yaml", check=False, env={"PATH": "/nonexistent"})
     assert (ended.returncode, ended.stdout) == (1, "")
     assert re.fullmatch(r"ctrport: iptables-nft(-save)? is not installed: install iptables .*\n", ended.stderr)
+
+
+@pytest.mark.parametrize("policy", ["ACCEPT", "DROP"])
+def test_what_is_shown_raw_does_what_run_would_in_nftables(node: Node, ctrport: Ctrport, policy: str) -> None:
+    """With a FORWARD that drops, in which a rule comes first and goes last."""
+    for program in ("iptables-nft", "ip6tables-nft"):
+        node.run(program, "-P", "FORWARD", policy)
+    empty = node.run("nft", "list", "ruleset").stdout
+    web = node.start("web")
+    Server(web, 80)
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings="firewall: {backend: nftables}"))
+    first = raw(ctrport)
+    assert first.startswith("nft" if policy == "ACCEPT" else "iptables-nft-restore --noflush <<'EOF'\n*filter\n")
+    assert "nft -f - <<'EOF'\n" in first
+    node.run("sh", "-ec", first)
+    assert isinstance(probe_tcp(node.client, node.address, 8080), Reply)
+    assert plan(ctrport).stdout == NOTHING
+    ctrport.start()  # which finds all as it wants it
+    assert ctrport.transactions == 0
+    ctrport.stop()
+    node.delete(web)
+    second = raw(ctrport)
+    assert "delete element ip ctrport" in second
+    node.run("sh", "-ec", second)
+    assert plan(ctrport).stdout == NOTHING
+    ctrport.run("clean")
+    # Counters aside, and tables of CNI that stay.
+    after = node.run("nft", "list", "ruleset").stdout
+    assert "ctrport" not in after
+    assert "ctrport" not in empty
+
+
+def raw(ctrport: Ctrport) -> str:
+    """Return what would be written, after a check that it is something and that asking changes nothing."""
+    before = kernel(ctrport.node)
+    ended = ctrport.run("plan", "--raw", "--config", str(ctrport.config), check=False)
+    assert (ended.returncode, ended.stderr) == (3, "")
+    assert kernel(ctrport.node) == before
+    said: str = ended.stdout
+    return said
+
+
+@pytest.mark.parametrize(
+    ("program", "writer"),
+    [("nft", "iptables-nft-restore --noflush"), ("legacy", "iptables-legacy-restore -w --noflush")],
+)
+def test_what_is_shown_raw_does_what_run_would(
+    node: Node, ctrport: Ctrport, program: Literal["nft", "legacy"], writer: str
+) -> None:
+    if program == "legacy":
+        for table in ("raw", "nat", "filter"):
+            for tool in ("iptables-legacy", "ip6tables-legacy"):
+                node.run(tool, "-t", table, "-L", "-n")
+    empty = node.tables(backend=program)
+    web = node.start("web")
+    Server(web, 80)
+    settings = f"firewall: {{backend: iptables-{program}, chain: WHALE}}"
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings=settings))
+    first = raw(ctrport)
+    words = first.splitlines()
+    assert words[:2] == [f"{writer} <<'EOF'", "*raw"]
+    assert words[-1] == "sysctl -w net/ipv4/conf/docker0/route_localnet=1"
+    node.run("sh", "-ec", first)
+    assert isinstance(probe_tcp(node.client, node.address, 8080), Reply)
+    assert plan(ctrport).stdout == NOTHING
+    again = ctrport.run("plan", "--raw", "--config", str(ctrport.config))
+    assert (again.stdout, again.stderr) == ("", NOTHING)
+    written = node.tables(backend=program)
+    ctrport.start()  # which finds all as it wants it
+    assert ctrport.transactions == 0
+    assert node.tables(backend=program) == written
+    ctrport.stop()
+    # Another name, and nothing to publish: what is left of the old one goes last.
+    node.delete(web)
+    ctrport.configure(publish(("{container: web}", "8080:80"), settings=settings.replace("WHALE", "OTHER")))
+    second = raw(ctrport)
+    assert second.splitlines()[0] == "sysctl -w net/ipv4/conf/docker0/route_localnet=0"
+    assert second.index("-N OTHER") < second.index("-X WHALE")
+    node.run("sh", "-ec", second)
+    assert "WHALE" not in node.tables(backend=program)
+    assert plan(ctrport).stdout == NOTHING
+    ctrport.run("clean")
+    assert node.tables(backend=program) == empty

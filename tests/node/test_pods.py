@@ -57,6 +57,9 @@ def test_a_pod_is_published_once_whichever_of_its_containers_matches(
         assert reply.peer == node.client_address
         for host, address in ((node, "127.0.0.1"), (node, node.address), (pod, node.address)):
             assert isinstance(probe_tcp(host, address, 6379), Reply), (policy, host.name, address)
+    for sender in (node.client_address, "127.0.0.1"):
+        said = ctrport.run("explain", "6379", "--from", sender, "--config", str(ctrport.config))
+        assert f"{pod.address}:80 in container pod:prod/redis-0" in said.stdout.splitlines()[-1], sender
     assert "pod:prod/redis-0" in ctrport.run("ps").stdout
     node.remove_pod(pod)
     wait_closed(node, 6379)

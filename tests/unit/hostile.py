@@ -28,7 +28,7 @@ def fuzz(examples: int) -> settings:
     )
 
 
-#: Each begins, ends or smuggles in something for somebody: a shell, iptables, a terminal, a log, YAML, JSON, rich.
+#: Each begins, ends or smuggles in something for somebody: a shell, iptables, a terminal, a log, YAML, JSON.
 PIECES = (
     *('"', "'", "\\", "\\\\", '\\"', "`", "$(x)", "${IFS}", ";", "; rm -rf /", "&&", "|", "\n", "\r\n", "\r", "\t"),
     *(

@@ -17,7 +17,15 @@ WALL = {
     "date": {"today", "fromtimestamp"},
 }
 #: Where it is asked, and what for: to be shown.
-SHOWN = {("chronicle.py", "_note"), ("reconcile.py", "status")}
+SHOWN = {
+    ("chronicle.py", "_note"),
+    ("events.py", "moment"),
+    ("happened.py", "moment"),
+    ("ps.py", "_age"),
+    ("reconcile.py", "status"),
+    ("reconcile.py", "__init__"),
+    ("reconcile.py", "_reloaded"),
+}
 
 
 def asked(source: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ctrport import config
 from ctrport.config import Config, ConfigError, Containerd, Firewall
 from ctrport.declared import Kind, Permission
+from ctrport.listen import NOWHERE
 from ctrport.model import Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
 from tests.unit import strategies
 
@@ -35,7 +36,6 @@ def test_defaults() -> None:
         Firewall(backend="auto", chain="DOCKER", position="auto", localhost=True, on_stop="keep"),
         (),
     )
-    assert config.DEFAULT_PATH == "/etc/ctrport/config.yaml"
 
 
 def test_every_key() -> None:
@@ -268,6 +268,7 @@ def test_the_example_is_valid_and_publishes_nothing() -> None:
 def test_the_example_names_every_key_with_its_default() -> None:
     shown = yaml.safe_load(EXAMPLE.read_text())
     assert shown.keys() == {field.name for field in fields(Config)}
+    assert shown["metrics"] == {"listen": NOWHERE}
     for section in (Containerd(), Firewall()):
         values = {field.name: getattr(section, field.name) for field in fields(section)}
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

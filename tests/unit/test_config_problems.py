@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 from dataclasses import fields
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import example, given
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ctrport import config
 from ctrport.config import ConfigError, Containerd, Firewall, Problem
+from ctrport.listen import Listen
 
 
 def problems(text: str) -> list[str]:
@@ -32,7 +34,7 @@ containerd:
   address: run/containerd.sock
   namespaces: [default, "k8s_", ~, [x], default/x]
 firewall:
-  backend: nftables
+  backend: nft
   chain: INPUT
   position: top
   localhost: yes
@@ -76,7 +78,7 @@ f:4:25: an entry of `containerd.namespaces` is 'k8s_'; expected {a_namespace}
 f:4:33: an entry of `containerd.namespaces` is empty; expected {a_namespace}
 f:4:36: an entry of `containerd.namespaces` is a list; expected {a_namespace}
 f:4:41: an entry of `containerd.namespaces` is 'default/x'; expected {a_namespace}
-f:6:12: `firewall.backend` is 'nftables'; expected auto, iptables-nft or iptables-legacy
+f:6:12: `firewall.backend` is 'nft'; expected auto, iptables-nft, iptables-legacy or nftables
 f:7:10: `firewall.chain` is 'INPUT', a word that iptables has a meaning for; expected {chain}
 f:8:13: `firewall.position` is 'top'; expected auto, first or last
 f:9:14: `firewall.localhost` is 'yes'; expected true or false
@@ -119,7 +121,7 @@ f:37:63: a label has no name; expected one, such as app in {{app: web}}
 f:37:71: `publish[].match.pod` has no key 'label'; expected namespace, name or labels (did you mean labels?)
 f:39:18: `publish[].match.pod` is 'web'; expected {pod}
 """.format(
-    keys="containerd, firewall, networks, publish or containers_may_publish",
+    keys="containerd, firewall, metrics, networks, publish or containers_may_publish",
     address="the absolute path of a unix socket, such as /run/containerd/containerd.sock",
     a_namespace="the name of a containerd namespace, such as k8s.io",
     chain="1 to 10 letters, digits, '_' and '-', beginning with a letter, such as DOCKER",
@@ -162,10 +164,13 @@ FIREWALL = (
     "or the key left out"
 )
 FILE = (
-    "a mapping with the keys containerd, firewall, networks, publish and containers_may_publish, "
+    "a mapping with the keys containerd, firewall, metrics, networks, publish and containers_may_publish, "
     "each of which may be left out"
 )
-NO_KEY_A = "f:1:1: the file has no key 'a'; expected containerd, firewall, networks, publish or containers_may_publish"
+NO_KEY_A = (
+    "f:1:1: the file has no key 'a'; expected containerd, firewall, metrics, networks, publish or "
+    "containers_may_publish"
+)
 BAD_YAML = {
     "firewall: {}\n---\nfirewall: {}\n": ["f:2:1: a second document begins here; expected one alone"],
     "---\n---\n": ["f:2:1: a second document begins here; expected one alone"],
@@ -211,11 +216,11 @@ BAD_YAML = {
     ],
     "a: {b: {c: 1, c: 2}}": [NO_KEY_A, "f:1:15: the key 'c' stands on line 1 already; expected each once"],
     '{"a": 1, a: 2}': [
-        "f:1:2: the file has no key 'a'; expected containerd, firewall, networks, publish or containers_may_publish",
+        NO_KEY_A.replace("f:1:1", "f:1:2"),
         "f:1:10: the key 'a' stands on line 1 already; expected each once",
     ],
     '"\\e[2J\\n": 1': [
-        "f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall, networks, publish or "
+        "f:1:1: the file has no key '\\x1b[2J\\n'; expected containerd, firewall, metrics, networks, publish or "
         "containers_may_publish"
     ],
 }
@@ -275,6 +280,53 @@ def test_a_bad_address(address: str) -> None:
 def test_an_address_longer_than_the_kernel_takes() -> None:
     (problem,) = problems(f'containerd: {{address: "/{"a" * 105}\u00e4"}}')
     assert "', which is longer than the 107 bytes that the path of a socket can have; expected " in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "listen"),
+    [
+        ("127.0.0.1:9477", Listen(ip_address("127.0.0.1"), 9477)),
+        ("0.0.0.0:1", Listen(ip_address("0.0.0.0"), 1)),
+        ("[::1]:65535", Listen(ip_address("::1"), 65535)),
+        ("[0:0::1]:80", Listen(ip_address("::1"), 80)),
+        ("none", None),
+    ],
+)
+def test_where_metrics_are_served(text: str, listen: Listen | None) -> None:
+    assert config.parse(f'metrics: {{listen: "{text}"}}', "f").metrics.listen == listen
+    if listen is not None:
+        assert config.parse(f'metrics: {{listen: "{listen}"}}', "f").metrics.listen == listen
+    assert config.parse("metrics: {}", "f").metrics.listen is None
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", ""),
+        ("off", ""),
+        ("127.0.0.1", ""),
+        ("9477", ""),
+        (":9477", ", which has no address: names are not looked up"),
+        ("localhost:9477", ", which has no address: names are not looked up"),
+        ("*:9477", ", which has no address: names are not looked up"),
+        ("127.0.0.01:9477", ", which has no address: names are not looked up"),
+        ("[]:9477", ", which has no address: names are not looked up"),
+        ("[::1:9477", ", which has no address: names are not looked up"),
+        ("127.0.0.1:0", ", which ends in no port from 1 to 65535"),
+        ("127.0.0.1:65536", ", which ends in no port from 1 to 65535"),
+        ("127.0.0.1:", ", which ends in no port from 1 to 65535"),
+        ("[::1]", ", which ends in no port from 1 to 65535"),
+        ("http://127.0.0.1:9477/metrics", ", which ends in no port from 1 to 65535"),
+        ("[fe80::1%eth0]:9477", ", with a zone, which is not taken here"),
+        ("::1:9477", ", and IPv6 addresses alone stand in brackets"),
+        ("[127.0.0.1]:9477", ", and IPv6 addresses alone stand in brackets"),
+    ],
+)
+def test_where_metrics_cannot_be_served(text: str, why: str) -> None:
+    assert problems(f'metrics: {{listen: "{text}"}}') == [
+        f"f:1:19: `metrics.listen` is '{text}'{why}; "
+        "expected none, or an address and a port, such as 127.0.0.1:9477 or [::1]:9477"
+    ]
 
 
 @pytest.mark.parametrize("chain", ["DOCKER", "a", "A1_b-C", "ABCDEFGHIJ", "input", "KUBERNETES", "CNIx"])
@@ -409,6 +461,7 @@ def test_every_place_of_the_schema_says_what_is_expected() -> None:
             ("", config._File),
             ("containerd", Containerd),
             ("firewall", Firewall),
+            ("metrics", config.Metrics),
             ("networks[]", config._Network),
             ("publish[]", config._Entry),
             ("containers_may_publish[]", config._Permission),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ctrport.configfiles import LONGEST, Unreadable, load
+from ctrport import configfiles
+from ctrport.configfiles import LONGEST, Unreadable, changes, load
 
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent": (lambda path: None, "No such file or directory; expected a configuration file (--config)"),
@@ -45,3 +47,24 @@ def test_parts_are_taken_in_the_order_of_their_names_and_hidden_ones_are_not(tmp
         str(mapping) for declaration in load(str(tmp_path / "config.yaml")).publish for mapping in declaration.mappings
     ]
     assert ports == ["1:1/tcp", "2:2/tcp"]
+
+
+@pytest.mark.asyncio
+async def test_a_change_is_told_of_the_files_of_the_configuration_and_of_none_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configfiles, "PAUSE", 0.005)
+    config, beside = tmp_path / "config.yaml", tmp_path / "log"
+    config.write_text("publish: []")
+    told = changes(str(config))
+    change = asyncio.ensure_future(told.__anext__())
+    for _ in range(2):
+        beside.write_text("something")
+        config.write_text("publish: []")  # written, and the same
+        await asyncio.sleep(0.05)  # many times what it is told after, where it is
+        assert not change.done()
+    config.write_text("publish: [] # changed")
+    await asyncio.wait_for(change, 5)
+    change = asyncio.ensure_future(told.__anext__())
+    config.unlink()
+    await asyncio.wait_for(change, 5)

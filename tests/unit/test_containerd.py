@@ -26,13 +26,14 @@ from ctrport.containerd import (
     Listed,
     NotFound,
     Refused,
-    TaskEvent,
     Unavailable,
     Unresponsive,
     rpc_error,
-    task_event,
 )
+from ctrport.events import warn_once
 from ctrport.model import ContainerKey
+from ctrport.tally import Tally
+from ctrport.taskevents import TaskEvent, task_event
 
 WEB = ContainerKey("default", "web")
 
@@ -85,7 +86,7 @@ def test_a_payload_of_another_type_is_skipped() -> None:
 def test_a_payload_that_cannot_be_decoded_is_skipped(caplog: pytest.LogCaptureFixture) -> None:
     broken = envelope("/tasks/start", payloads_pb2.TaskStart(container_id="web"))
     broken.event.value = b"\x0a\xff"
-    with caplog.at_level(logging.DEBUG, "ctrport.containerd"):
+    with caplog.at_level(logging.DEBUG, "ctrport.taskevents"):
         assert task_event(broken) is None
     assert [(r.levelname, "/tasks/start" in r.getMessage()) for r in caplog.records] == [("DEBUG", True)]
 
@@ -96,8 +97,10 @@ def test_a_payload_that_cannot_be_decoded_is_skipped(caplog: pytest.LogCaptureFi
 def test_names_that_containerd_would_not_take_are_skipped(
     namespace: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert task_event(envelope("/tasks/start", payloads_pb2.TaskStart(container_id=name), namespace)) is None
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    warn_once.cache_clear()
+    for _ in range(3):
+        assert task_event(envelope("/tasks/start", payloads_pb2.TaskStart(container_id=name), namespace)) is None
+    assert [r.levelname for r in caplog.records] == ["WARNING"]  # said once, however often it comes
 
 
 @pytest.mark.parametrize(
@@ -136,12 +139,13 @@ def test_an_error_is_one_sentence_with_the_path(
 
 @pytest.mark.asyncio
 async def test_without_a_socket_calls_fail_at_once_and_connected_waits(tmp_path: Path) -> None:
-    path = str(tmp_path / "containerd.sock")
-    async with Containerd(path) as there:
+    path, tally = str(tmp_path / "containerd.sock"), Tally()
+    async with Containerd(path, tally) as there:
         for _ in range(3):
             with pytest.raises(Unavailable, match=f"{path}: No such file or directory") as caught:
                 await there.version()
             assert isinstance(caught.value.__cause__, grpc.aio.AioRpcError)
+        assert tally.call_errors == {"unavailable": 3, "unresponsive": 0, "refused": 0}
         with pytest.raises(Unavailable):
             async with there.events():
                 pass
@@ -188,7 +192,9 @@ Handlers = dict[str, Callable[[Any, Any], Any]]
 
 
 @asynccontextmanager
-async def serving(tmp_path: Path, streams: Handlers, unary: Handlers) -> AsyncIterator[Containerd]:
+async def serving(
+    tmp_path: Path, streams: Handlers, unary: Handlers, tally: Tally | None = None
+) -> AsyncIterator[Containerd]:
     """Serve methods by name. Requests come in and answers go out as bytes, so that an answer can be wrong."""
     methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         name: grpc.unary_stream_rpc_method_handler(handler) for name, handler in streams.items()
@@ -204,7 +210,7 @@ async def serving(tmp_path: Path, streams: Handlers, unary: Handlers) -> AsyncIt
     server.add_insecure_port(f"unix:{tmp_path}/s")
     await server.start()
     try:
-        async with Containerd(f"{tmp_path}/s") as there:
+        async with Containerd(f"{tmp_path}/s", tally) as there:
             yield there
     finally:
         await server.stop(None)
@@ -212,6 +218,26 @@ async def serving(tmp_path: Path, streams: Handlers, unary: Handlers) -> AsyncIt
 
 async def empty(request: bytes, context: Any) -> bytes:
     return Empty().SerializeToString()
+
+
+@pytest.mark.asyncio
+async def test_that_a_container_is_not_there_is_an_answer_and_no_error(tmp_path: Path) -> None:
+    async def absent(request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no such thing")
+        return b""
+
+    async def forbidden(request: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no")
+        return b""
+
+    tally = Tally()
+    unary: Handlers = {"Containers/Get": absent, "Tasks/Get": absent, "Version/Version": forbidden}
+    async with serving(tmp_path, {}, unary, tally) as there:
+        assert await there.container(ContainerKey("default", "web")) is None
+        assert sum(tally.call_errors.values()) == 0
+        with pytest.raises(Refused):
+            await there.version()
+        assert tally.call_errors == {"unavailable": 0, "unresponsive": 0, "refused": 1}
 
 
 @pytest.mark.asyncio
@@ -284,7 +310,7 @@ async def test_a_container_that_cannot_be_decoded_does_not_hide_the_others(tmp_p
         listed = await there.containers("default")
     assert listed == [
         Listed(ContainerKey("default", "hung"), None, {"name": "hung"}),
-        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}),
+        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}, paused=True),
         Listed(WEB, 7, {"name": "web"}),
     ]
 

@@ -20,9 +20,11 @@ from ctrport.dataplane import Dataplane, remove_everything
 from ctrport.firewall import FirewallError
 from ctrport.firewall.fake import Chains, MemoryKernel
 from ctrport.firewall.tables import Tables
-from ctrport.model import Address, Family, NodeFacts, Publication, State, Unread
+from ctrport.model import Address, Count, Family, NodeFacts, Publication, State, Unread
+from ctrport.owners import owner_of
 from ctrport.publish import Change
 from ctrport.rules import Layout, Table
+from ctrport.tally import Tally
 from tests.unit import worlds
 from tests.unit.worlds import active
 
@@ -58,6 +60,7 @@ class Ground:
         self.layout = layout
         self.dropped: list[list[Opened | Closed]] = []
         self.conntrack_says: ConntrackError | None = None
+        self.tally = Tally()
         self._conf = conf
         for device in ("docker0", "br-lan"):
             (conf / device).mkdir()
@@ -76,7 +79,7 @@ class Ground:
 
     def dataplane(self) -> Dataplane:
         """A daemon's, that has just started."""
-        return Dataplane({Family.IPV4: Tables(self.kernel, self.layout)}, self.layout)
+        return Dataplane({Family.IPV4: Tables(self.kernel, self.layout)}, self.layout, tally=self.tally)
 
     def rules(self, table: Table, chain: str) -> list[str]:
         return self.kernel.tables[table].get(chain, [])
@@ -404,6 +407,55 @@ def test_flows_that_cannot_be_looked_at_are_complained_of_once(
         await dataplane.follow(went(WEB), NODE)
         await dataplane.drop_stale_flows()
         assert len(caplog.messages) == 2  # it had worked in between
+
+    run(work)
+
+
+def test_what_writing_took_and_what_failed_is_counted(ground: Ground) -> None:
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow([], NODE)
+        assert ground.tally.writes[Family.IPV4].count == dataplane.transactions == 1
+        await dataplane.follow(came(WEB), NODE)
+        await dataplane.follow([], NODE, mend=True)  # nothing to write
+        assert ground.tally.writes[Family.IPV4].count == 2
+        ground.kernel.fail_next_restore = lambda _: True
+        with pytest.raises(FirewallError):
+            await dataplane.follow(came(DB), NODE)
+        assert ground.tally.writes[Family.IPV4].count == 3
+        assert ground.tally.write_errors == {Family.IPV4: 1, Family.IPV6: 0}
+        await dataplane.follow([], NODE)
+        await dataplane.drop_stale_flows()
+        assert (ground.tally.flows_deleted, ground.tally.conntrack_errors) == (len(ground.dropped[0]), 0)
+        ground.conntrack_says = ConntrackError("conntrack is not installed")
+        await dataplane.follow(went(WEB), NODE)
+        await dataplane.drop_stale_flows()
+        assert (ground.tally.flows_deleted, ground.tally.conntrack_errors) == (len(ground.dropped[0]), 1)
+        await dataplane.close()
+
+    run(work)
+
+
+def test_connections_are_the_kernels_by_family_and_owner(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow(came(WEB, DB), NODE)
+        tags = [line.split('"')[1] for line in ground.rules(Table.NAT, "DOCKER") if "8080" in line]
+        ground.kernel.counted = {tag: Count(7, 420) for tag in tags}
+        counts = await dataplane.counts()
+        assert counts is not None
+        assert counts.published == {owner_of(WEB): WEB, owner_of(DB): DB}
+        assert counts.connections == {Family.IPV4: {owner_of(WEB): 7, owner_of(DB): 0}}
+        await dataplane.follow(went(WEB), NODE)
+        assert len(counts.published) == 2  # as it was then
+
+        async def busy(table: Table, chain: str) -> list[tuple[str, Count]]:
+            raise FirewallError("the chain DOCKER of the table nat changes all the time")
+
+        monkeypatch.setattr(ground.kernel, "counts", busy)
+        assert await dataplane.counts() is None
 
     run(work)
 

@@ -8,16 +8,14 @@ from dataclasses import replace
 from ipaddress import ip_network
 
 import pytest
-from google.protobuf.any_pb2 import Any as AnyMessage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ctrport.api import containers_pb2
-from ctrport.containerd import LONGEST_SPEC, SANDBOX, annotation_of
 from ctrport.declared import BY_NERDCTL, LONGEST, MOST, NERDCTL_PORTS, NO_RULE, Kind, Permission, declares, wishes
 from ctrport.model import Candidate, Container, Mapping, Member, Pod, PortRange, Protocol, Publication, State, Unread
 from ctrport.ports import parse
 from ctrport.publish import Publications
+from ctrport.stored import LONGEST_SPEC, annotation_of
 from tests.unit.worlds import FACTS, NO_ADDRESS, declaration, endpoint, key
 
 LABEL, ANNOTATION = frozenset({Kind.LABEL}), frozenset({Kind.ANNOTATION})
@@ -261,20 +259,15 @@ def test_labels_never_keep_the_operator_out_and_the_order_of_telling_counts_for_
 # What containerd stores of annotations
 
 
-def stored(spec: str = "", sandbox: str | None = None) -> containers_pb2.Container:
-    extensions = {} if sandbox is None else {SANDBOX: AnyMessage(value=sandbox.encode())}
-    return containers_pb2.Container(id="web", spec=AnyMessage(value=spec.encode()), extensions=extensions)
-
-
-SPEC = json.dumps({"ociVersion": "1.0.2", "annotations": {"ctrport/ports": "8080:80", "a": "b"}})
-METADATA = json.dumps({"Version": "v1", "Metadata": {"Config": {"annotations": {"ctrport/ports": "8081:80"}}}})
+SPEC = json.dumps({"ociVersion": "1.0.2", "annotations": {"ctrport/ports": "8080:80", "a": "b"}}).encode()
+METADATA = json.dumps({"Version": "v1", "Metadata": {"Config": {"annotations": {"ctrport/ports": "8081:80"}}}}).encode()
 
 
 def test_an_annotation_is_read_from_the_spec_and_a_pods_from_its_sandbox() -> None:
-    assert annotation_of(stored(SPEC)) == "8080:80"
-    assert annotation_of(stored("{}", METADATA)) == "8081:80"
-    assert annotation_of(stored(SPEC, "{}")) is None
-    assert annotation_of(stored("{}")) is None
+    assert annotation_of(SPEC, None) == "8080:80"
+    assert annotation_of(b"{}", METADATA) == "8081:80"
+    assert annotation_of(SPEC, b"{}") is None
+    assert annotation_of(b"{}", None) is None
 
 
 NAMED = '"ctrport/ports"'
@@ -291,8 +284,8 @@ NAMED = '"ctrport/ports"'
         f'{{"annotations": {NAMED}}}',
         f"[{NAMED}",
         f"{'[' * 100_000}{NAMED}",
-        SPEC + " " * LONGEST_SPEC,
+        SPEC.decode() + " " * LONGEST_SPEC,
     ],
 )
 def test_a_spec_that_is_none_says_nothing(spec: str) -> None:
-    assert annotation_of(stored(spec)) is None
+    assert annotation_of(spec.encode(), None) is None

@@ -10,12 +10,18 @@ import click
 import pytest
 
 from ctrport import cli, config, terminal
+from ctrport.events import KINDS
+from ctrport.explain.fate import Cause
 from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
+from ctrport.nftports import CHAINS
 from ctrport.rules import USER_CHAIN, Layout
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCS = ("docs/operating.md", "docs/paths.md", "docs/docker.md", "deploy/kubernetes/README.md")
+DOCS = (
+    *("docs/operating.md", "docs/metrics.md", "docs/paths.md", "docs/docker.md"),
+    *("deploy/kubernetes/README.md", "deploy/prometheus/README.md"),
+)
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)]
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -45,10 +51,14 @@ def wrong(arguments: list[str]) -> str | None:
     if command is None:
         return f"no command {name}"
     flags = {flag: one for one in command.params if isinstance(one, click.Option) for flag in one.opts}
+    places = [one for one in command.params if isinstance(one, click.Argument)]
     while rest:
-        option = flags.get(rest.pop(0))
+        option = flags.get(word := rest.pop(0))
+        if option is None and places and not word.startswith("-"):
+            places = places if places[0].nargs == -1 else places[1:]
+            continue
         if option is None:
-            return f"{name} has no such option, and takes no arguments: {arguments}"
+            return f"{name} has no such option, or takes no such argument: {arguments}"
         if not option.is_flag and not rest:
             return f"{name} wants a value: {arguments}"
         rest = rest if option.is_flag else rest[1:]
@@ -61,8 +71,15 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 
 def test_the_check_of_commands_sees_what_is_wrong() -> None:
-    calls = command_lines("x\n  ctrport publish a\nctrport ps --yaml\n/opt/bin/ctrport run --config\n", "ctrport")
-    assert [wrong(call) is not None for call in calls] == [True, True, True]
+    lines = ("x", "  ctrport frob a", "ctrport ps --yaml", "/opt/bin/ctrport run --config", "ctrport ps a", "")
+    calls = command_lines("\n".join(lines), "ctrport")
+    assert [wrong(call) is not None for call in calls] == [True] * 4
+    calls = command_lines("ctrport publish web 8080:80 53:53/udp --json\nctrport unpublish web\n", "ctrport")
+    assert [wrong(call) for call in calls] == [None, None]
+    calls = command_lines(
+        "ctrport explain 80\nctrport explain 80 81\nctrport ps a\nctrport explain --to a\n", "ctrport"
+    )
+    assert [wrong(call) is not None for call in calls] == [False, True, True, True]
     calls = command_lines(
         "ctrport check && systemctl x  # y\na && ctrport ps --json | jq\nctrport run --config F", "ctrport"
     )
@@ -97,7 +114,7 @@ def test_configurations_are_taken(page: Path) -> None:
 def test_the_configuration_in_the_readme_says_the_defaults() -> None:
     everything = next(code for language, code in _FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
     assert config.parse(everything, "README.md") == config.parse("", "")
-    for section in (config.Containerd, config.Firewall):
+    for section in (config.Containerd, config.Firewall, config.Metrics):
         for key in section.__dataclass_fields__:
             assert f"  {key}: " in everything
 
@@ -110,12 +127,25 @@ def test_each_condition_of_an_entry_is_explained() -> None:
             assert f"`{key}`" in explained, key
 
 
+def test_the_transcripts_of_explain_are_what_it_says() -> None:
+    golden = Path(__file__).with_name("golden") / "explain"
+    assert (golden / "dropped-by-the-operator.txt").read_text() in _operating()
+    end = (golden / "works.txt").read_text().splitlines(keepends=True)[-5:]
+    assert "".join(end) in _operating()
+
+
+def test_each_cause_that_explain_names_is_listed() -> None:
+    listed = _operating().partition("A cause is one of ")[2].partition(".")[0]
+    assert re.findall(r"`([a-z0-9-]+)`", listed) == [cause.value for cause in Cause]
+
+
 def test_whatever_holds_a_port_is_named() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "operating.md", ROOT / "CHANGELOG.md"):
         text = page.read_text()
-        assert [chain for chain in HOLDER_CHAINS if not re.search(rf"\b{chain}\b", text)] == []
-    reasons = re.findall(r"^\| conflict \| host port … is held by ([A-Z-]+) ", _operating(), re.MULTILINE)
-    assert set(reasons) == set(HOLDER_CHAINS)
+        assert [name for name in (*HOLDER_CHAINS, *CHAINS) if not re.search(rf"\b{name}\b", text)] == []
+    reasons = re.findall(r"^\| conflict \| host port … is held by ([A-Za-z_-]+) \|", _operating(), re.MULTILINE)
+    assert set(HOLDER_CHAINS) - {"KUBE-NODEPORTS"} | set(CHAINS) <= set(reasons)
+    assert "host port … is held by KUBE-NODEPORTS (" in _operating()
 
 
 def _operating() -> str:
@@ -135,6 +165,13 @@ def test_each_exit_status_is_explained() -> None:
     text = (ROOT / "README.md").read_text()
     explained = re.findall(r"^\| ([0-9]) \|", text[text.index("| exit status |") :], re.MULTILINE)
     assert explained == [str(code) for code in (0, terminal.FAILED, terminal.BAD_USAGE, terminal.TO_CHANGE)]
+
+
+def test_each_kind_of_event_is_explained() -> None:
+    rows = re.findall(
+        r"^\| (`[^|]+) \|", _operating().partition("### What happened")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    assert {name for row in rows for name in re.findall(r"`([a-z-]+)`", row)} == set(KINDS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -88,14 +88,14 @@ SAID = {
 @pytest.mark.parametrize("case", SAID)
 def test_what_was_found_is_said(case: str) -> None:
     damage, said = SAID[case]
-    found = drift([plan_after(damage)])
+    found = drift(plan_after(damage))
     assert str(found) == said
     assert bool(found) == bool(said)
 
 
 def test_all_of_it_gone_is_counted_and_a_few_are_named() -> None:
     many = [active(f"{port}:80", name=f"web-{port}") for port in range(8000, 8100)]
-    found = drift([plan_after(everything, many)])
+    found = drift(plan_after(everything, many))
     assert len(found.gone) == len(wanted(*many))
     assert f"{len(found.gone)} rules gone (the jumps of " in str(found)
     assert f" and {100 - NAMED} more)" in str(found)
@@ -106,10 +106,10 @@ def test_what_was_asked_for_just_now_did_not_drift() -> None:
     before, after = wanted(DB), wanted(WEB)
     plan = plan_after(lambda tables: None, [DB], [WEB])
     asked, dismissed = set(after) - set(before), {tag(rule) for rule in set(before) - set(after)}
-    assert drift([plan])
-    assert not drift([plan], asked, dismissed)
+    assert drift(plan)
+    assert not drift(plan, asked, dismissed)
     plan = plan_after(lambda tables: tables[Table.NAT]["OUTPUT"].clear(), [DB], [WEB])
-    assert str(drift([plan], asked, dismissed)) == "1 rule gone (the jumps of OUTPUT)"
+    assert str(drift(plan, asked, dismissed)) == "1 rule gone (the jumps of OUTPUT)"
 
 
 def test_a_switch_is_told_beside_the_rules() -> None:

@@ -18,10 +18,11 @@ from google.protobuf.message import Message
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ctrport import containerd, logs, status, systemd, terminal
+from ctrport import containerd, logs, status, systemd, taskevents, terminal
 from ctrport.api import containers_pb2, payloads_pb2, task_pb2
 from ctrport.chronicle import _subject
 from ctrport.endpoints import Address6, addresses6, default_devices6, routes
+from ctrport.events import Event
 from ctrport.firewall import text
 from ctrport.firewall.drift import Drift
 from ctrport.firewall.entries import commit, from_json, to_json
@@ -102,9 +103,9 @@ strangers = st.lists(
 def listed(stranger: Stranger) -> containerd.Listed | None:
     """Bring a container the way that events and lists bring it."""
     started: Message = payloads_pb2.TaskStart(container_id=stranger.id, pid=7)
-    event = containerd.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
+    event = taskevents.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
     stored = containers_pb2.Container(id=stranger.id, labels=stranger.labels)
-    if event is None or not containerd._checked(stored.id, "container id"):
+    if event is None or not taskevents.checked(stored.id, "container id"):
         return None
     return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
 
@@ -197,6 +198,16 @@ def test_the_rules_are_those_that_tame_names_would_have_had(made: list[Stranger]
 # What is said of them.
 
 
+def pairs_of(line: str) -> dict[str, str]:
+    """Read a line of the log by its grammar, as anybody might: blanks part the pairs, but not within quotes."""
+    found = re.findall(r'([a-z]+)=(?:"((?:[^"\\]|\\.)*)"|([^\s"=\\]+))(?: |$)', line.partition(" ")[2])
+    assert (
+        " ".join(f'{key}="{quoted}"' if quoted or not plain else f"{key}={plain}" for key, quoted, plain in found)
+        == (line.partition(" ")[2])
+    )
+    return {key: re.sub(r'\\(["\\])', r"\1", quoted) or plain for key, quoted, plain in found}
+
+
 @fuzz(150)
 @given(strangers, hostile.texts, hostile.texts)
 @example([], "\n10:00:00 ERROR   forged", "\x1b[2J")
@@ -219,11 +230,13 @@ def test_each_publication_is_one_line_of_ps_and_of_the_log(
     assert len(err) == 2 + bool(reason)
     assert all(line.isprintable() for line in (*out, *err))
     for each in publications:
-        assert _subject(each).isprintable()
-        message = "published %s source=%s reason=%s"
-        record = logging.LogRecord("x", 20, "", 1, message, (_subject(each), each.source, each.reason), None)
-        for formatter in (logs.Lines("%(levelname)s %(message)s"), logs.Journal("%(message)s")):
+        assert all(name.isprintable() for name in _subject(each).values())
+        event = Event("published", **_subject(each), source=each.source, reason=each.reason)
+        record = logging.LogRecord("x", 20, "", 1, event, None, None)
+        styles = (logs.Lines("%(levelname)s %(message)s"), logs.Journal("%(message)s"), logs.Json(priority=True))
+        for formatter in styles:
             assert formatter.format(record).isprintable()
+        assert pairs_of(str(event)) == {key: terminal.one_line(str(value)) for key, value in event.fields.items()}
 
 
 @fuzz(600)

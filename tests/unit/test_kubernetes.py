@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,34 @@ def test_the_labels_lead_to_the_pods() -> None:
     assert {one["metadata"].get("namespace", NAMESPACE["metadata"]["name"]) for one in MANIFESTS} == {"ctrport"}
     [configmap] = [volume["configMap"]["name"] for volume in POD["volumes"] if "configMap" in volume]
     assert configmap == CONFIGMAP["metadata"]["name"]
+
+
+def test_the_pod_monitor_finds_the_port_when_it_is_there() -> None:
+    monitor = yaml.safe_load((KUBERNETES / "podmonitor.yaml").read_text())
+    assert monitor["metadata"]["namespace"] == DAEMONSET["metadata"]["namespace"]
+    assert monitor["spec"]["selector"] == DAEMONSET["spec"]["selector"]
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
+    text = (KUBERNETES / "ctrport.yaml").read_text().replace("# ports:", "ports:")
+    *_, daemonset = yaml.safe_load_all(text)
+    assert kubernetes_validate.validate(daemonset, VERSIONS[-1], strict=True)
+    [port] = daemonset["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert port["name"] == endpoint["port"]
+    readme = (KUBERNETES / "README.md").read_text()
+    listened = re.findall(r"^ *listen: (\S+)$|`(0\.0\.0\.0:\d+)`", readme, re.MULTILINE)
+    assert {"".join(one).rpartition(":")[2] for one in listened} == {str(port["containerPort"])}
+
+
+def test_the_alerts_are_those_of_a_rule_of_the_operator() -> None:
+    block = re.search(
+        r"^  \{ printf.*?\| kubectl apply", (KUBERNETES / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert block is not None
+    command = block[0].removesuffix("| kubectl apply").strip()
+    ended = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    rule = yaml.safe_load(ended.stdout)
+    assert (rule["kind"], rule["metadata"]["namespace"]) == ("PrometheusRule", DAEMONSET["metadata"]["namespace"])
+    assert rule["spec"] == yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yaml").read_text())
 
 
 def test_the_image_has_the_version() -> None:

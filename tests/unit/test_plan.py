@@ -22,6 +22,7 @@ from ctrport.firewall.plan import (
     Op,
     Plan,
     Remove,
+    parted,
 )
 from ctrport.firewall.tables import Tables
 from ctrport.model import Publication
@@ -72,6 +73,27 @@ def test_the_operators_jump_that_comes_back_does_not_push_ours_behind_others(los
     rules[:] = ["-i lo -j DROP", ours] if lost else ["-i lo -j DROP", ours, user]
     fit(kernel, Layout(), wanted)
     assert [line.target for line in forward(kernel)] == ["DOCKER-USER", "DOCKER-FORWARD", "DROP"]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), layouts, worlds.publication_lists(), worlds.publication_lists(max_size=2))
+def test_removals_may_all_go_at_the_end(
+    data: st.DataObject, layout: Layout, publications: list[Publication], gone: list[Publication]
+) -> None:
+    kernel = MemoryKernel()
+    fit(kernel, layout, wanted_of([*publications, *gone], layout))
+    strays = wanted_of(gone, Layout(layout.chain, layout.position, localhost=not layout.localhost))
+    for _ in range(data.draw(st.integers(0, 6))):
+        drift(data, kernel, strays)
+    in_order, at_the_end = copy.deepcopy(kernel), copy.deepcopy(kernel)
+    tables = Tables(kernel, layout)
+    asyncio.run(tables.read())
+    plan = tables.plan(wanted_of(publications, layout))
+    first, removals = parted(plan)
+    assert not any(isinstance(op, Remove) for op in [block.ops[-1] for block in first.blocks])
+    asyncio.run(in_order.restore(plan))
+    asyncio.run(at_the_end.restore(Plan((*first.blocks, *(Block(table, (op,)) for table, op in removals)))))
+    assert at_the_end.tables == in_order.tables
 
 
 @settings(deadline=None, max_examples=150)

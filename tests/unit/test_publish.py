@@ -77,6 +77,7 @@ def test_what_was_told_counts_and_not_the_order_of_telling(
     running, facts = final(told)
     anew = fresh(declarations, data.draw(st.permutations(list(running.values()))), facts, localhost)
     assert by_name(followed) == by_name(anew)
+    assert list(followed) == list(anew)
     assert len(followed) == len(by_name(followed))  # no name twice
 
 
@@ -160,6 +161,9 @@ def test_states_are_counted_as_they_are(declarations: list[Declaration], told: l
     publications.settle()
     states = [publication.state for publication in publications]
     assert {state: publications.count(state) for state in State} == {state: states.count(state) for state in State}
+    assert publications.unmatched == sum(publication.container is None for publication in publications)
+    reasons = [publication.reason for publication in publications]
+    assert publications.starved == sum("free host port" in reason for reason in reasons)
 
 
 def states(publications: Publications) -> dict[str, State]:
@@ -171,22 +175,83 @@ def test_the_next_in_line_takes_over_when_the_holder_ends() -> None:
     for started, name in enumerate(worlds.NAMES, start=1):
         publications.update(key(name), candidate(name, started=started))
     publications.settle()
-    assert states(publications) == {
-        "default/api 8080:80/tcp": State.ACTIVE,
-        "default/db 8080:80/tcp": State.CONFLICT,
-        "default/web 8080:80/tcp": State.CONFLICT,
+    assert line(publications) == {
+        "api": (State.ACTIVE, ""),
+        "db": (State.WAITING, "default/api serves host port 8080/tcp; next in line"),
+        "web": (State.WAITING, "default/api serves host port 8080/tcp; 2nd in line"),
     }
     publications.update(key("api"), None)
     changes = publications.settle()
-    assert states(publications) == {
-        "default/db 8080:80/tcp": State.ACTIVE,
-        "default/web 8080:80/tcp": State.CONFLICT,
+    # The one that still waits is told whom it waits for now.
+    assert {str(p.container): (p.reason, p.place) for change in changes if (p := change.after)} == {
+        "default/db": ("", 0),
+        "default/web": ("default/db serves host port 8080/tcp; next in line", 1),
     }
-    # The one that still waits is told of its new rival too.
-    assert {str(p.container): p.reason for change in changes if (p := change.after)} == {
-        "default/db": "",
-        "default/web": "host port 8080/tcp is held by default/db (8080:80/tcp)",
+
+
+def line(publications: Publications) -> dict[str, tuple[State, str]]:
+    return {p.container.id: (p.state, p.reason) for p in publications if p.container is not None}
+
+
+def test_a_line_is_in_the_order_of_the_start_whatever_was_heard_first() -> None:
+    ordinals = ["", "next", "2nd", "3rd", *(f"{place}th" for place in range(4, 21)), "21st", "22nd", "23rd", "24th"]
+    running = [candidate(f"web-{number:03}", started=number) for number in range(113, 113 - len(ordinals), -1)]
+    publications = fresh([declaration("*", "8000-8001:80-81")], running, FACTS)
+    its = list(line(publications).values())
+    assert its[0] == (State.ACTIVE, "")
+    assert [reason for _, reason in its[1:]] == [
+        f"default/web-089 serves host ports 8000-8001/tcp; {ordinal} in line" for ordinal in ordinals[1:]
+    ]
+
+
+def test_only_who_matches_the_same_entry_stands_in_its_line() -> None:
+    first, second = declaration("web-*", "8080:80", "8080:81/udp"), declaration("db-*", "8080:80", line=2)
+    its = [candidate(name, started=n) for n, name in enumerate(["web-0", "db-0", "web-1", "db-1"])]
+    publications = fresh([first, second], its, FACTS)
+    held = "host port 8080/tcp is held by default/web-0 (8080:80/tcp)"
+    assert {(p.container.id, p.reason) for p in publications if p.container and p.state is State.CONFLICT} == {
+        ("db-0", held),
+        ("db-1", held),
     }
+    assert {(p.container.id, str(p.mapping)) for p in publications if p.container and p.place == 1} == {
+        ("web-1", "8080:80/tcp"),
+        ("web-1", "8080:81/udp"),
+    }
+    publications.update(key("web-0"), None)
+    publications.settle()
+    # db-0 started before web-1, so that the port goes over to the other line, which then is one.
+    assert line(publications)["db-1"] == (State.WAITING, "default/db-0 serves host port 8080/tcp; next in line")
+
+
+def test_a_container_without_an_address_stands_in_no_line() -> None:
+    its = [candidate("api"), candidate("db", started=2, obstacle=worlds.NO_ADDRESS), candidate("web", started=3)]
+    publications = fresh([declaration("*", "8080:80")], its, FACTS)
+    assert line(publications)["db"] == (State.WAITING, "it has only a loopback address")
+    assert line(publications)["web"][1].endswith("; next in line")
+
+
+@settings(deadline=None, max_examples=100)
+@given(worlds.declaration_lists(), TELLING)
+def test_who_waits_in_a_line_waits_for_one_of_it_and_all_started_in_that_order(
+    declarations: list[Declaration], told: list[Told]
+) -> None:
+    publications = Publications(declarations, FACTS, families=BOTH)
+    for said in told:
+        tell(publications, said)
+    publications.settle()
+    running, _ = final(told)
+    lines: dict[tuple[str, Mapping], list[Publication]] = {}
+    for publication in publications:
+        if publication.place:
+            lines.setdefault((publication.source, publication.mapping), []).append(publication)
+    for (source, mapping), waiting in lines.items():
+        serving = [p for p in publications if (p.source, p.asked, p.state) == (source, mapping, State.ACTIVE)]
+        waiting.sort(key=lambda p: p.place)
+        assert [p.place for p in waiting] == [*range(1, len(waiting) + 1)]
+        assert {p.state for p in waiting} == {State.WAITING}
+        started = [(running[p.container].container.started, p.container) for p in serving + waiting if p.container]
+        assert len(serving) == 1
+        assert started == sorted(started)
 
 
 def test_who_loses_the_port_lets_go_of_all_of_its_range_and_a_third_may_have_the_rest() -> None:
@@ -213,7 +278,7 @@ def test_a_container_that_started_earlier_takes_the_port_however_late_it_is_hear
     publications.update(key("web"), candidate("web", started=1))
     publications.settle()
     assert states(publications) == {
-        "default/db 8080:80/tcp": State.CONFLICT,
+        "default/db 8080:80/tcp": State.WAITING,
         "default/web 8080:80/tcp": State.ACTIVE,
     }
 
@@ -222,7 +287,7 @@ def test_of_two_that_started_in_the_same_tick_the_first_by_name_has_the_port() -
     publications = fresh([declaration("*", "8080:80")], [candidate("web"), candidate("db")], FACTS)
     assert states(publications) == {
         "default/db 8080:80/tcp": State.ACTIVE,
-        "default/web 8080:80/tcp": State.CONFLICT,
+        "default/web 8080:80/tcp": State.WAITING,
     }
 
 

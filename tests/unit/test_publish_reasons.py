@@ -24,7 +24,8 @@ from ctrport.model import (
     State,
 )
 from ctrport.ports import parse
-from ctrport.publish import FORWARDING_OFF, Publications
+from ctrport.publish import Publications
+from ctrport.reach import FORWARDING_OFF
 from tests.unit import worlds
 from tests.unit.worlds import FACTS, NODE4, candidate, declaration, fresh, key
 
@@ -153,6 +154,7 @@ def test_what_another_answers_on_is_taken_up_when_he_leaves() -> None:
     publications.update(key("web"), candidate("web"))
     publications.settle()
     assert publications.count(State.CONFLICT) == 1
+    assert publications.starved == 0  # there are others
     publications.learn(FACTS)
     [change] = publications.settle()
     assert change.after is not None

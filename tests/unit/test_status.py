@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from hypothesis import strategies as st
 
 from ctrport import status
 from ctrport.model import Publication, State
-from ctrport.status import AlreadyRunning, PublicationStatus, Status
+from ctrport.rules import Gate, Layout, Place
+from ctrport.status import AlreadyRunning, AttachmentStatus, PublicationStatus, Status
 from tests.unit.worlds import active
 
 publication_statuses = st.builds(PublicationStatus)
@@ -32,6 +36,11 @@ NOW = Status(
 @given(statuses)
 def test_a_status_is_read_as_it_was_written(said: Status) -> None:
     assert Status.from_json(said.to_json()) == said
+
+
+def test_a_status_has_a_line_for_each_publication() -> None:
+    lines = replace(NOW, publications=NOW.publications * 3).to_json().splitlines()
+    assert sum('"mapping": "8080:80/tcp"' in line for line in lines) == 3
 
 
 @pytest.mark.parametrize(
@@ -60,6 +69,11 @@ def test_a_publication_is_shown_in_words() -> None:
         reason="",
         source="config.yaml:1",
         since="now",
+        owner="default/web 127.0.0.1:8080:80/tcp",
+        attachments=[
+            AttachmentStatus("172.17.0.2", "docker0", "172.17.0.0/16", ""),
+            AttachmentStatus("fd00::2", "docker0", "fd00::/64", ""),
+        ],
     )
 
 
@@ -67,6 +81,14 @@ def test_a_publication_without_a_container_is_shown_without_a_name() -> None:
     unmatched = Publication(active("8080:80").mapping, "config.yaml:7", None, State.WAITING, "nobody")
     shown = PublicationStatus.of(unmatched, "")
     assert (shown.namespace, shown.container, shown.addresses, shown.reason) == ("", "", [], "nobody")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout("CTRPORT", Place.LAST, localhost=False, networks=True, gates=(Gate(4, 24, interface=True),))],
+)
+def test_what_shapes_the_rules_is_read_as_it_was_shown(layout: Layout) -> None:
+    assert status.layout_of(json.loads(json.dumps(status.layout(layout)))) == layout
 
 
 def test_times_are_shown_to_the_second() -> None:
@@ -122,6 +144,26 @@ def test_one_daemon_holds_a_run_directory_and_the_next_is_told_who(tmp_path: Pat
     assert not status.is_running(directory)
     with status.only_one(directory):
         assert (directory / "lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_how_long_a_daemon_has_not_come_round_is_told_by_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert status.silent_for(tmp_path) == 0
+    with status.only_one(tmp_path) as lock:
+        assert status.silent_for(tmp_path) == 0  # it has not come round once
+        lock.turned()
+        assert status.silent_for(tmp_path) <= 1
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 100)
+        assert 99 <= status.silent_for(tmp_path) <= 101
+        lock.turned()
+        assert status.silent_for(tmp_path) <= 1
+        refused = pytest.raises(AlreadyRunning, match=rf"\(pid {os.getpid()}, ")
+        with refused, status.only_one(tmp_path):
+            raise AssertionError("two daemons")
+    with status.only_one(tmp_path):
+        assert status.silent_for(tmp_path) == 0
 
 
 def test_two_run_directories_are_two_daemons(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 
-from ctrport import config, nodeports, ports
+from ctrport import config, endpoints, nodeports, ports
 from ctrport.containerd import Listed
+from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
 from ctrport.model import Attachment, ContainerKey, Endpoint, Family, Holder
 from ctrport.survey import Survey
@@ -37,7 +39,7 @@ class Answers:
     def __init__(self, asked: list[str], pid: int | None) -> None:
         self._asked, self._pid = asked, pid
 
-    async def container(self, key: ContainerKey, *, annotations: bool) -> Listed | None:
+    async def container(self, key: ContainerKey, *, annotations: bool, stored: Listed | None) -> Listed | None:
         self._asked.append("ask containerd")
         await asyncio.sleep(0.01)
         self._asked.append("answer")
@@ -76,6 +78,102 @@ def test_a_hint_that_containerd_does_not_confirm_counts_for_nothing(hint: int | 
 
 def test_a_hint_for_what_containerd_does_not_have_publishes_nothing() -> None:
     assert looked(None, hint=os.getpid())[1] == []
+
+
+class Foreseen:
+    """A survey to which containerd has said what is stored of ``web``, and a process of this machine with a cgroup."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cgroup: str = "/default/web") -> None:
+        self.pid = os.getpid()
+        self._shown = f"0::{cgroup}\n"
+        read = endpoints.read
+        monkeypatch.setattr(endpoints, "read", lambda path: self._shown if path.endswith("/cgroup") else read(path))
+        self.asked: list[str] = []
+        containerd: Any = Answers(self.asked, self.pid)
+        finder: Any = Finder(self.asked)
+        self.survey = Survey(CONFIG, containerd, finder, {})
+
+    def stored(self) -> None:
+        stored = Listed(WEB, None, cgroup="/default/web", runs=False)
+        self.survey._expected._known[WEB] = _Known(stored)
+        self.survey._expected._made_at = time.monotonic()
+
+    def addresses(self) -> list[str]:
+        endpoints = (candidate.endpoint for candidate in self.survey.publications.candidates)
+        return [str(a.address) for e in endpoints if isinstance(e, Endpoint) for a in e.attachments]
+
+
+def test_what_the_kernel_bears_out_is_published_before_containerd_has_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    assert world.survey.foresee({WEB: world.pid}) == set()  # nothing is stored of it, as far as is known
+    world.stored()
+    assert world.survey.foresee({WEB: None}) == set()
+    assert world.survey.foresee({WEB: world.pid}) == {WEB}
+    assert world.addresses() == [address(world.pid)]
+    assert world.asked == [f"find {world.pid}"]
+    asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
+    assert world.asked == [f"find {world.pid}", "ask containerd", "answer"]  # and is not looked for again
+    assert world.addresses() == [address(world.pid)]
+    assert world.survey._expected.stored(WEB) is None
+
+
+@pytest.mark.parametrize("cgroup", ["/default/other", "/default/web/below", "/"])
+def test_a_process_in_another_cgroup_is_not_believed_to_be_the_containers(
+    monkeypatch: pytest.MonkeyPatch, cgroup: str
+) -> None:
+    world = Foreseen(monkeypatch, cgroup=cgroup)
+    world.stored()
+    assert world.survey.foresee({WEB: world.pid}) == set()
+    assert world.addresses() == []
+
+
+def test_a_process_that_is_gone_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    world.stored()
+    assert world.survey.foresee({WEB: (1 << 22) + 1}) == set()
+    assert world.addresses() == []
+
+
+def test_what_was_foreseen_and_containerd_does_not_confirm_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    world.stored()
+    world.survey.foresee({WEB: world.pid})
+    containerd: Any = Answers(world.asked, None)
+    world.survey._containerd = containerd
+    asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
+    assert world.addresses() == []
+
+
+def test_a_container_whose_process_is_gone_is_withdrawn_before_containerd_has_said_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = Foreseen(monkeypatch)
+    asyncio.run(world.survey.look({WEB: world.pid}))
+    assert world.survey.foresee({WEB: None}) == set()  # it is there yet
+    assert world.addresses() == [address(world.pid)]
+    monkeypatch.setattr(endpoints, "started", lambda pid: 0)  # another process has its number by now
+    assert world.survey.foresee({WEB: None}) == {WEB}
+    assert world.addresses() == []
+
+
+def test_what_was_found_before_the_start_is_looked_for_again_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    world.stored()
+    known = world.survey._expected._known[WEB]
+    known.pid = world.pid
+    world.survey.prepare()
+    earlier = Endpoint((Attachment(ip_address("10.9.9.9"), "docker0", ip_network("10.9.9.9/32")),))
+    known.endpoint = earlier  # which it has left meanwhile
+    world.asked.clear()
+    assert world.survey.foresee({WEB: world.pid}) == {WEB}
+    assert (world.addresses(), world.asked) == (["10.9.9.9"], [])
+    asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
+    assert (world.addresses(), world.asked) == (
+        [address(world.pid)],
+        ["ask containerd", "answer", f"find {world.pid}"],
+    )
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.asked[3:] == ["ask containerd", "answer"]
 
 
 class Chains:

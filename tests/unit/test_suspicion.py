@@ -28,6 +28,14 @@ def test_a_look_is_due_a_little_after_the_last_write_and_not_for_ever_later() ->
     assert suspicion.due() is None
 
 
+def test_a_look_waits_for_what_is_more_urgent_but_not_for_ever() -> None:
+    suspicion = Suspicion()
+    assert suspicion.due(busy=True) is None
+    suspicion.tell("nft (pid 7)", 100.0)
+    assert suspicion.due(busy=True) == pytest.approx(100.0 + PATIENCE_WITH_MANY)
+    assert suspicion.due() == pytest.approx(100.0 + PATIENCE)
+
+
 def test_what_is_told_during_a_look_is_for_the_next() -> None:
     suspicion = Suspicion()
     suspicion.tell("one", 100.0)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
@@ -9,15 +8,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrport.firewall import text as text_module
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.plan import Add, Block, Delete, Empty, Line, New, Op, Plan, Remove
 from ctrport.firewall.tables import Tables
-from ctrport.firewall.text import TAG, arguments, diff, holders, listing, owner, restore_input, saved, tag
+from ctrport.firewall.text import (
+    TAG,
+    arguments,
+    counts,
+    diff,
+    holders,
+    listing,
+    owner,
+    restore_input,
+    saved,
+    shell,
+    tag,
+)
 from ctrport.model import (
     IDENTIFIER_MAX,
     Attachment,
     ContainerKey,
+    Count,
     Family,
     Mapping,
     PortRange,
@@ -45,15 +56,36 @@ def test_a_tag_names_the_owner_and_is_read_back() -> None:
     assert owner(tag(rule())) == "default/web 8080:80/tcp"
 
 
-def test_the_tags_of_rules_that_nobody_has_any_more_are_forgotten() -> None:
-    gc.collect()
-    before = len(text_module._tags)
-    kept = rule("default/kept 8080:80/tcp")
-    for number in range(1000):
-        tag(rule(f"default/gone-{number} 8080:80/tcp"))
-    tag(kept)
-    gc.collect()
-    assert len(text_module._tags) == before + 1
+def test_what_is_worked_out_of_a_rule_is_no_part_of_its_value() -> None:
+    tagged, plain = rule(), rule()
+    assert tag(tagged) == tag(plain)
+    other = rule()
+    assert (tagged == other, hash(tagged) == hash(other), repr(tagged) == repr(other)) == (True, True, True)
+    elsewhere = replace(tagged, chain="CTRPORT")
+    assert tagged != elsewhere
+    assert hash(tagged) != hash(elsewhere)
+    assert tag(elsewhere) == tag(rule(chain="CTRPORT")) != tag(tagged)
+    assert tag(elsewhere) in arguments(elsewhere)
+
+
+def test_what_rules_of_ours_counted_is_read_out_of_one_chain_whatever_others_write() -> None:
+    its = tag(rule())
+    text = (
+        "*nat\n:DOCKER - [0:0]\n:OTHER - [0:0]\n"
+        f'[3:180] -A DOCKER -m comment --comment "{its}" -j DNAT --to-destination 172.17.0.2:80\n'
+        f'[5:300] -A OTHER -m comment --comment "{its}" -j RETURN\n'
+        "[7:420] -A DOCKER -p tcp -j RETURN\n"
+        f'[9:540] -A OTHER -m comment --comment "x\n[1:1] -A DOCKER -m comment --comment {its}" -j RETURN\n'
+        "COMMIT\n"
+    )
+    assert counts(text, "DOCKER") == [(its, Count(3, 180))]
+    assert counts(text, "ABSENT") == []
+
+
+def test_a_text_is_read_by_a_program_as_it_is() -> None:
+    lines = shell("cat", '*nat\n-A DOCKER -m comment --comment "$(x) `y` \\\\"\nCOMMIT\n')
+    assert lines == ["cat <<'EOF'", "*nat", '-A DOCKER -m comment --comment "$(x) `y` \\\\"', "COMMIT", "EOF"]
+    assert shell("cat", "") == []
 
 
 @pytest.mark.parametrize("text", ["", "ctrport web", "docker web 0123456789ab", "ctrport  0123456789ab", "ctrport a b"])

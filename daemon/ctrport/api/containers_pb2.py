@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63trport/api/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\"\xde\x02\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12P\n\nextensions\x18\n \x03(\x0b\x32<.containerd.services.containers.v1.Container.ExtensionsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0f\x45xtensionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"W\n\x14ListContainerMessage\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container2\x85\x03\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x81\x01\n\nListStream\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x37.containerd.services.containers.v1.ListContainerMessage0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x63trport/api/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\x1a google/protobuf/field_mask.proto\"\xde\x02\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12P\n\nextensions\x18\n \x03(\x0b\x32<.containerd.services.containers.v1.Container.ExtensionsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0f\x45xtensionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"W\n\x14ListContainerMessage\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"\x8a\x01\n\x16UpdateContainerRequest\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"Z\n\x17UpdateContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container2\x86\x04\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x81\x01\n\nListStream\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x37.containerd.services.containers.v1.ListContainerMessage0\x01\x12\x7f\n\x06Update\x12\x39.containerd.services.containers.v1.UpdateContainerRequest\x1a:.containerd.services.containers.v1.UpdateContainerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,22 +37,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTAINER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_CONTAINER_EXTENSIONSENTRY']._loaded_options = None
   _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_CONTAINER']._serialized_start=95
-  _globals['_CONTAINER']._serialized_end=445
-  _globals['_CONTAINER_LABELSENTRY']._serialized_start=327
-  _globals['_CONTAINER_LABELSENTRY']._serialized_end=372
-  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_start=374
-  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_end=445
-  _globals['_GETCONTAINERREQUEST']._serialized_start=447
-  _globals['_GETCONTAINERREQUEST']._serialized_end=480
-  _globals['_GETCONTAINERRESPONSE']._serialized_start=482
-  _globals['_GETCONTAINERRESPONSE']._serialized_end=569
-  _globals['_LISTCONTAINERSREQUEST']._serialized_start=571
-  _globals['_LISTCONTAINERSREQUEST']._serialized_end=611
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=613
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=703
-  _globals['_LISTCONTAINERMESSAGE']._serialized_start=705
-  _globals['_LISTCONTAINERMESSAGE']._serialized_end=792
-  _globals['_CONTAINERS']._serialized_start=795
-  _globals['_CONTAINERS']._serialized_end=1184
+  _globals['_CONTAINER']._serialized_start=129
+  _globals['_CONTAINER']._serialized_end=479
+  _globals['_CONTAINER_LABELSENTRY']._serialized_start=361
+  _globals['_CONTAINER_LABELSENTRY']._serialized_end=406
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_start=408
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_end=479
+  _globals['_GETCONTAINERREQUEST']._serialized_start=481
+  _globals['_GETCONTAINERREQUEST']._serialized_end=514
+  _globals['_GETCONTAINERRESPONSE']._serialized_start=516
+  _globals['_GETCONTAINERRESPONSE']._serialized_end=603
+  _globals['_LISTCONTAINERSREQUEST']._serialized_start=605
+  _globals['_LISTCONTAINERSREQUEST']._serialized_end=645
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=647
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=737
+  _globals['_LISTCONTAINERMESSAGE']._serialized_start=739
+  _globals['_LISTCONTAINERMESSAGE']._serialized_end=826
+  _globals['_UPDATECONTAINERREQUEST']._serialized_start=829
+  _globals['_UPDATECONTAINERREQUEST']._serialized_end=967
+  _globals['_UPDATECONTAINERRESPONSE']._serialized_start=969
+  _globals['_UPDATECONTAINERRESPONSE']._serialized_end=1059
+  _globals['_CONTAINERS']._serialized_start=1062
+  _globals['_CONTAINERS']._serialized_end=1580
 # @@protoc_insertion_point(module_scope)

@@ -49,6 +49,11 @@ class ContainersStub(object):
                 request_serializer=ctrport_dot_api_dot_containers__pb2.ListContainersRequest.SerializeToString,
                 response_deserializer=ctrport_dot_api_dot_containers__pb2.ListContainerMessage.FromString,
                 _registered_method=True)
+        self.Update = channel.unary_unary(
+                '/containerd.services.containers.v1.Containers/Update',
+                request_serializer=ctrport_dot_api_dot_containers__pb2.UpdateContainerRequest.SerializeToString,
+                response_deserializer=ctrport_dot_api_dot_containers__pb2.UpdateContainerResponse.FromString,
+                _registered_method=True)
 
 
 class ContainersServicer(object):
@@ -73,6 +78,12 @@ class ContainersServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Update(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ContainersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +101,11 @@ def add_ContainersServicer_to_server(servicer, server):
                     servicer.ListStream,
                     request_deserializer=ctrport_dot_api_dot_containers__pb2.ListContainersRequest.FromString,
                     response_serializer=ctrport_dot_api_dot_containers__pb2.ListContainerMessage.SerializeToString,
+            ),
+            'Update': grpc.unary_unary_rpc_method_handler(
+                    servicer.Update,
+                    request_deserializer=ctrport_dot_api_dot_containers__pb2.UpdateContainerRequest.FromString,
+                    response_serializer=ctrport_dot_api_dot_containers__pb2.UpdateContainerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -173,6 +189,33 @@ class Containers(object):
             '/containerd.services.containers.v1.Containers/ListStream',
             ctrport_dot_api_dot_containers__pb2.ListContainersRequest.SerializeToString,
             ctrport_dot_api_dot_containers__pb2.ListContainerMessage.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Update(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.containers.v1.Containers/Update',
+            ctrport_dot_api_dot_containers__pb2.UpdateContainerRequest.SerializeToString,
+            ctrport_dot_api_dot_containers__pb2.UpdateContainerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -62,6 +62,12 @@ class TaskResumed(_message.Message):
     container_id: str
     def __init__(self, container_id: _Optional[str] = ...) -> None: ...
 
+class ContainerCreate(_message.Message):
+    __slots__ = ("id",)
+    ID_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    def __init__(self, id: _Optional[str] = ...) -> None: ...
+
 class ContainerUpdate(_message.Message):
     __slots__ = ("id", "image", "labels")
     class LabelsEntry(_message.Message):

@@ -23,7 +23,12 @@ from .detect import legacy_tables
 
 
 class Alarm(Protocol):
-    """Tells of each time that others may have changed the tables: who, where that is known, else None."""
+    """Tells of each time that others may have changed the tables: who, where that is known, else None.
+
+    ``how`` says by what it knows, in words for the log.
+    """
+
+    how: str
 
     def __aiter__(self) -> AsyncIterator[Writer | None]: ...
 
@@ -43,6 +48,8 @@ class NftAlarm:
     under the name that the writer of ours has are taken for its own.
     """
 
+    how = "the kernel announces changes"
+
     def __init__(self) -> None:
         self._announcements = Announcements()
         self._numbers_known = os.stat("/proc/self/ns/pid").st_ino == _FIRST_PID_NAMESPACE
@@ -51,8 +58,11 @@ class NftAlarm:
 
     def disregard(self, writer: Writer, commits: int) -> None:
         """See ``Alarm.disregard``."""
-        self._ours.append(writer)
-        self._expected[writer.name] = commits
+        if writer in self._ours:  # this process may write several times before any of it is announced
+            self._expected[writer.name] = self._expected.get(writer.name, 0) + commits
+        else:
+            self._ours.append(writer)
+            self._expected[writer.name] = commits
 
     def close(self) -> None:
         """See ``Alarm.close``."""
@@ -77,6 +87,7 @@ class LegacyAlarm:
     """Compares how many rules the legacy tables hold, and of what length, with what they held before."""
 
     def __init__(self, families: Iterable[Family], interval: float) -> None:
+        self.how = f"asked every {interval:g} s"
         self._families = tuple(families)
         self._interval = interval
 

@@ -1,4 +1,4 @@
-"""The commands of iptables, run to their end, with their failures as ours."""
+"""The commands of iptables and nft, run to their end, with their failures as ours."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ async def command(*argv: str) -> Ended:
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Make ours of what a program that cannot be run raises."""
+def errors(package: str = "iptables (1.8 or later)") -> Iterator[None]:
+    """Make ours of what a program that cannot be run raises; it comes with ``package``."""
     try:
         yield
     except NotInstalled as error:
-        raise Unusable(f"{error}: install iptables (1.8 or later)") from error
+        raise Unusable(f"{error}: install {package}") from error
     except ProgramError as error:
         raise FirewallError(str(error)) from error
 

@@ -8,14 +8,18 @@ nft tables are asked first, and the legacy ones only where they exist already: t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..model import Family
+from ..nfnetlink import NfTables
 from ..programs import ProgramError, run
+from .sets import TABLE
 from .text import printed
 
 log = logging.getLogger(__name__)
@@ -45,17 +49,24 @@ async def choose(asked: str) -> Choice:
     return Choice("iptables-nft", "no kubelet has left a hint")
 
 
+#: What is asked, by backend, to see whether it serves IPv6. A legacy table is not asked for: that would make it.
+_QUESTIONS = {
+    "iptables-nft": ("ip6tables-nft-save", "-t", "nat"),
+    "iptables-legacy": ("ip6tables-legacy-save", "-V"),
+    "nftables": ("nft", "list", "tables", "ip6"),
+}
+
+
 async def families(backend: str) -> tuple[Family, ...]:
     """Return the families that can be served here: IPv4, and IPv6 where the kernel and iptables have it."""
     if not _has_ipv6():
         log.info("IPv6 is not served: this kernel has none, or it is switched off")
         return (Family.IPV4,)
-    # A legacy table is not asked for: that would make it.
-    question = ("ip6tables-nft-save", "-t", "nat") if backend == "iptables-nft" else ("ip6tables-legacy-save", "-V")
+    program = "nft" if backend == "nftables" else backend
     try:
-        ended = await run(*question, timeout=TIMEOUT)
+        ended = await run(*(question := _QUESTIONS[backend]), timeout=TIMEOUT)
     except ProgramError as error:
-        if shutil.which(backend) is not None:  # or nothing can be served at all, which is said where it shows
+        if shutil.which(program) is not None:  # or nothing can be served at all, which is said where it shows
             log.warning("IPv6 is not served: %s", error)
         return (Family.IPV4,)
     if ended.status != 0:
@@ -76,6 +87,30 @@ def legacy_tables(family: Family) -> set[str]:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # or a table that is there would be taken for one that is not
         return set()  # the module is not loaded
+
+
+def own_tables() -> tuple[Family, ...]:
+    """Return the families in which there is a table of our name in nf_tables, whosever it is."""
+    return tuple(family for family in Family if _has_table(family, TABLE))
+
+
+def may_have_iptables_nft() -> bool:
+    """Whether iptables-nft is installed, or there are tables that it may have written."""
+    names = ("nat", "filter", "raw")
+    return shutil.which("iptables-nft-save") is not None or any(
+        _has_table(family, name) for family in Family for name in names
+    )
+
+
+def _has_table(family: Family, name: str) -> bool:
+    try:
+        with contextlib.closing(NfTables()) as tables:
+            return tables.has_table(_DOMAINS[family], name)
+    except OSError:
+        return False  # there is no nf_tables, or not for that family
+
+
+_DOMAINS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}
 
 
 def _has_ipv6() -> bool:

@@ -221,6 +221,7 @@ _FIELDS = {
 _TARGETS = ("DNAT", "MASQUERADE")
 _OPTIONS = {
     **{f"{protocol} --dport": _ports for protocol in ("tcp", "udp", "sctp")},
+    "mark --mark": _like(re.compile("0x[0-9a-f]{1,8}/0x[0-9a-f]{1,8}")),
     "addrtype --dst-type": _like(re.compile("LOCAL")),
     "conntrack --ctstate": _like(re.compile("DNAT|RELATED,ESTABLISHED")),
     "conntrack --ctorigdstport": _ports,

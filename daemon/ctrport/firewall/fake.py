@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable
 
-from ..model import Family
+from ..model import Count, Family
 from ..rules import Table
 from . import FirewallError, Refused
 from .plan import BUILT_IN, KERNEL_CHAINS, Line, Plan
@@ -20,16 +20,22 @@ Chains = dict[str, list[str]]
 
 
 class MemoryKernel:
-    """The tables of one family. ``restores`` are the inputs that were committed, for tests to count and read."""
+    """The tables of one family. ``restores`` are the inputs that were committed, for tests to count and read.
+
+    ``counted`` is what a test has rules count, by their tags.
+    """
 
     name = "memory"
+    writer = "memory-restore"
 
     def __init__(self, family: Family = Family.IPV4) -> None:
         self.family = family
         self.tables: dict[Table, Chains] = {
             table: {chain: [] for chain in chains} for table, chains in KERNEL_CHAINS.items()
         }
+        self.policies: dict[tuple[Table, str], str] = {}
         self.restores: list[str] = []
+        self.counted: dict[str, Count] = {}
         self.fail_next_restore: Callable[[Table], bool] | None = None
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
@@ -37,7 +43,7 @@ class MemoryKernel:
         rules = self.tables[table].get(chain)
         if rules is None:
             return None
-        head = f"-P {chain} ACCEPT" if chain in BUILT_IN else f"-N {chain}"
+        head = f"-P {chain} {self._policy(table, chain)}" if chain in BUILT_IN else f"-N {chain}"
         return [head, *(f"-A {chain} {rule}" for rule in rules)]
 
     async def glance(self, table: Table, chain: str) -> list[Line] | None:
@@ -45,12 +51,24 @@ class MemoryKernel:
         lines = await self.chain(table, chain)
         return None if lines is None else listing(lines)
 
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """See ``Kernel.counts``."""
+        tags = (line.tag for line in listing(await self.chain(table, chain) or ()))
+        return [(its, self.counted.get(its, Count())) for its in tags if its is not None]
+
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``."""
         chains = self.tables[table]
-        heads = [f":{chain} {'ACCEPT' if chain in BUILT_IN else '-'} [0:0]" for chain in chains]
+        heads = [f":{chain} {self._policy(table, chain) if chain in BUILT_IN else '-'} [0:0]" for chain in chains]
         rules = [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
         return "\n".join([f"*{table}", *heads, *rules, "COMMIT", ""])
+
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """See ``Kernel.accepts``."""
+        return self._policy(table, chain) == "ACCEPT"
+
+    def _policy(self, table: Table, chain: str) -> str:
+        return self.policies.get((table, chain), "ACCEPT")
 
     async def prepare(self) -> None:
         """See ``Kernel.prepare``: nothing to do ahead."""

@@ -14,17 +14,18 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..model import Family
+from ..model import Count, Family
 from ..rules import Table
 from . import FirewallError, Refused, Unusable
 from .commands import command, failure
 from .detect import legacy_tables
 from .entries import commit, to_json
 from .plan import KERNEL_CHAINS, Line, Plan
-from .text import listing, printed
+from .text import counts, listing, printed
 
 #: Seconds until an answer has to be there: for the lock, and the writing itself.
 TIMEOUT = 30.0
@@ -35,7 +36,8 @@ TIMEOUT_EACH = 0.02
 class LegacyTables:
     """Implements ``Kernel`` with the legacy tables of the network namespace that it is first used in.
 
-    ``worker`` is the program to write with, which takes the family's number.
+    ``worker`` is the program to write with, which takes the family's number. ``waited`` is told how many seconds each
+    write had to wait for the lock.
     """
 
     name = "iptables-legacy"
@@ -45,9 +47,12 @@ class LegacyTables:
         family: Family = Family.IPV4,
         worker: Sequence[str] = (sys.executable, "-m", "ctrport.firewall.legacy_worker"),
         timeout: float = TIMEOUT,
+        waited: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.family = family
+        self._waited = waited
         self._save = "iptables-legacy-save" if family is Family.IPV4 else "ip6tables-legacy-save"
+        self.writer = f"{self._save.replace('-save', '-restore')} -w --noflush"
         self._worker = _Worker((*worker, str(family.value)))
         self._timeout = timeout
         self._reads: dict[Table, asyncio.Task[str]] = {}
@@ -73,8 +78,20 @@ class LegacyTables:
         lines = await self.chain(table, chain)
         return None if lines is None else listing(lines)
 
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """See ``Kernel.accepts``."""
+        lines = await self.chain(table, chain)
+        return lines is None or lines[0] == f"-P {chain} ACCEPT"
+
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """See ``Kernel.counts``."""
+        return await asyncio.to_thread(counts, await self._saved(table, "-c"), chain)
+
     async def table(self, table: Table) -> str:
         """See ``Kernel.table``. One that is not there has no rules."""
+        return await self._saved(table)
+
+    async def _saved(self, table: Table, *options: str) -> str:
         try:
             there = legacy_tables(self.family)
         except OSError as error:
@@ -82,7 +99,7 @@ class LegacyTables:
         if table not in there:
             heads = "".join(f":{chain} ACCEPT [0:0]\n" for chain in KERNEL_CHAINS[table])
             return f"*{table}\n{heads}COMMIT\n"
-        ended = await command(self._save, "-t", table.value)
+        ended = await command(self._save, "-t", table.value, *options)
         if ended.status != 0:
             raise failure(f"the table {table} could not be listed", ended)
         return ended.out
@@ -102,6 +119,7 @@ class LegacyTables:
         request = await asyncio.to_thread(_request, plan, self.family)
         operations = sum(len(block.ops) for block in plan.blocks)
         answer = await self._worker.ask(request, self._timeout + TIMEOUT_EACH * operations)
+        self._waited(answer["waited"])
         if answer["error"]:
             kind = Unusable if answer["unusable"] else Refused if answer["changed"] else FirewallError
             raise kind(f"the rules could not be written: {answer['error']}")
@@ -136,7 +154,7 @@ class _Worker:
             raise FirewallError(f"the worker for legacy tables could not be started: {error.strerror}") from error
         return self._process
 
-    async def ask(self, line: str, timeout: float) -> dict[str, str]:
+    async def ask(self, line: str, timeout: float) -> dict[str, Any]:
         """Return what it answers. Raises ``FirewallError``, and ends it, where it does not."""
         process = await self.start()
         assert process.stdin is not None
@@ -155,7 +173,7 @@ class _Worker:
                 await self.end()
         if not answered:
             raise FirewallError(f"the worker for legacy tables ended: {_manner(process.returncode)}")
-        answer: dict[str, str] = json.loads(said)
+        answer: dict[str, Any] = json.loads(said)
         return answer
 
     async def end(self) -> None:

@@ -20,8 +20,9 @@ import re
 import signal
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -72,23 +73,26 @@ def main() -> None:
 
 def _answer(library: _Library | str, commits: Sequence[Commit]) -> tuple[dict[str, object], bool]:
     """Return what to say to a line, and whether this process has to go."""
+    answer: dict[str, object] = {"error": "", "unusable": False, "changed": False, "waited": 0.0}
     if isinstance(library, str):
-        return {"error": library, "unusable": True, "changed": False}, False
+        return answer | {"error": library, "unusable": True}, False
+    library.waited, is_over = 0.0, False
     try:
         library.write(commits)
     except _Refused as error:
         unusable = "Permission denied" in str(error)
-        return {"error": str(error), "unusable": unusable, "changed": isinstance(error, _Changed)}, False
+        answer |= {"error": str(error), "unusable": unusable, "changed": isinstance(error, _Changed)}
     except Exception as error:
         # A value was refused, though all were checked before they came here: that cost a piece of the stack.
-        return {"error": f"{type(error).__name__}: {error}", "unusable": False, "changed": False}, True
-    return {"error": "", "unusable": False, "changed": False}, False
+        answer["error"], is_over = f"{type(error).__name__}: {error}", True
+    return answer | {"waited": library.waited}, is_over
 
 
 class _Library:
-    """python-iptables for one family."""
+    """python-iptables for one family. ``waited`` adds up the seconds that others had the lock."""
 
     def __init__(self, family: int) -> None:
+        self.waited = 0.0
         iptc = _load()
         self._error = iptc.IPTCError
         self._v6 = family == 6
@@ -104,13 +108,23 @@ class _Library:
         for each, entries in made:
             for left in reversed(range(ATTEMPTS)):
                 try:
-                    with _lock():
+                    with self._locked():
                         self._commit(each, entries)
                     break
                 except self._error as error:
                     said = re.sub(r"b'(.*)'", r"\1", str(error))
                     if "temporarily unavailable" not in said or not left:
                         raise _Changed(f"the table {each.table} could not be written: {said}") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        began = time.monotonic()
+        with ExitStack() as held:
+            try:
+                held.enter_context(_lock())
+            finally:
+                self.waited += time.monotonic() - began
+            yield
 
     def _commit(self, commit: Commit, entries: Sequence[bytes | None]) -> None:
         table = self._table(commit.table, autocommit=False)

@@ -38,6 +38,11 @@ class Line:
         return self.text.split(" ", 2)[1]
 
     @property
+    def owner(self) -> str:
+        """Whose rule it is, in the words of its tag; empty where it is not ours."""
+        return " ".join((self.tag or "").split(" ")[1:-1])
+
+    @property
     def target(self) -> str:
         """The chain or target that it goes to, empty where it goes nowhere."""
         found = _TARGET.search(self.unquoted)
@@ -107,7 +112,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """Blocks in the order in which they are to be committed. False where there is nothing to write.
+    """Blocks in the order in which they are to be committed. False where there is nothing to write. An ``AnyPlan``.
 
     ``ranks`` is what our chains hold of each rank afterwards.
     """
@@ -125,10 +130,26 @@ class Plan:
         return [op.rule for op in ops if isinstance(op, Add) and isinstance(op.rule, Rule)]
 
     @property
-    def removed_tags(self) -> list[str]:
-        """The tags of the rules that were found and that it takes away."""
+    def removed(self) -> list[str]:
+        """The owners of the rules that were found and that it takes away."""
         ops = (op for block in self.blocks for op in block.ops)
-        return [op.rule.tag or "" for op in ops if isinstance(op, Remove) and isinstance(op.rule, Line)]
+        return [op.rule.owner for op in ops if isinstance(op, Remove) and isinstance(op.rule, Line)]
+
+
+def parted(plan: Plan) -> tuple[Plan, list[tuple[Table, Remove]]]:
+    """Return what is to be written of a plan, and which rules, by table, may go all at once when that is done.
+
+    These are the removals that end a block: whatever comes behind is a removal again. Going at once they are in no
+    order that could be wrong.
+    """
+    blocks, removals = [], list[tuple[Table, Remove]]()
+    for block in plan.blocks:
+        written = len(block.ops)
+        while written and isinstance(block.ops[written - 1], Remove):
+            written -= 1
+        removals += [(block.table, op) for op in block.ops[written:] if isinstance(op, Remove)]
+        blocks.append(Block(block.table, block.ops[:written]))
+    return Plan(tuple(block for block in blocks if block.ops), plan.ranks), removals
 
 
 def plan_all(

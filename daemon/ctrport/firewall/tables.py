@@ -6,26 +6,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Collection, Container, Iterable
 from dataclasses import replace
 from typing import Protocol
 
-from ..model import Family, Holder
+from ..model import Count, Family, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
-from . import FirewallError, ForeignChain
-from .plan import ChainKey, Line, Plan, Ranks, abridged, plan_all, plan_change, plan_removal, plan_sweep, spell
-from .text import holders, listing, owner, saved, tag
+from . import AnyPlan, FirewallError, ForeignChain
+from .drift import Drift, drift
+from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
+from .text import diff, holders, listing, owner, restore_input, saved, shell, tag
 
 #: Chains of ``nat`` in which others answer on host ports: kube-proxy's NodePorts, CNI portmap's hostPorts, dockerd's.
 HOLDER_CHAINS = ("KUBE-NODEPORTS", "CNI-HOSTPORT-DNAT", "DOCKER")
 
 
 class Kernel(Protocol):
-    """How the tables of one family are reached. Raises ``FirewallError``."""
+    """How the tables of one family are reached. Raises ``FirewallError``.
+
+    ``writer`` is the command that writes what ``text.restore_input`` has of a plan, as ``restore`` does.
+    """
 
     name: str
     family: Family
+    writer: str
 
     async def chain(self, table: Table, chain: str) -> list[str] | None:
         """Return one chain as ``iptables -S CHAIN`` prints it, a line an item; None where there is no such chain."""
@@ -35,12 +40,26 @@ class Kernel(Protocol):
         """Return the rules of one chain as quickly as can be, perhaps abridged; None where there is no such chain."""
         ...
 
+    async def accepts(self, table: Table, chain: str) -> bool:
+        """Whether what reaches the end of a kernel chain goes on: the chain's policy."""
+        ...
+
+    async def counts(self, table: Table, chain: str) -> list[tuple[str, Count]]:
+        """Return the tag of each rule of ours in one chain, and what it counted; none where there is no such chain.
+
+        Beside the event loop: with 10,000 rules it takes tenths of a second, and nothing waits for it.
+        """
+        ...
+
     async def table(self, table: Table) -> str:
         """Return a whole table as ``iptables-save -t TABLE`` prints it."""
         ...
 
     async def restore(self, plan: Plan) -> None:
-        """Commit a plan's blocks one by one, in order; an error leaves those before it committed."""
+        """Commit a plan's blocks one by one, in order, or several at once; an error leaves those before it committed.
+
+        What was only glanced at is known by its tag, and there is nothing to do where it is to go and is gone by now.
+        """
         ...
 
     async def prepare(self) -> None:
@@ -53,12 +72,17 @@ class Kernel(Protocol):
 
 
 class Tables:
-    """Keeps rules in the chains of ``layout``. Implements ``Firewall``."""
+    """Keeps rules in the chains of ``layout``. Implements ``Firewall``.
 
-    def __init__(self, kernel: Kernel, layout: Layout) -> None:
+    Rules of ``spared`` owners are somebody else's to remove.
+    """
+
+    def __init__(self, kernel: Kernel, layout: Layout, spared: Container[str] = ()) -> None:
         self.name = kernel.name
+        self.warnings: tuple[str, ...] = ()
         self._kernel = kernel
         self._layout = layout
+        self._spared = spared
         self._held: dict[ChainKey, list[Line] | None] | None = None
         self._ranks: Ranks | None = None
         self._records: tuple[LocalnetRecord, ...] = ()
@@ -67,8 +91,8 @@ class Tables:
     async def read(self, *, words: bool = True) -> None:
         """See ``Firewall.read``. Looks at a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
-        look = self._listed if words else self._kernel.glance
-        answers = await asyncio.gather(*(look(table, chain) for table, chain in keys))
+        looks = (_listed(self._kernel, *key) if words else self._kernel.glance(*key) for key in keys)
+        answers = await asyncio.gather(*looks)
         held = dict(zip(keys, answers, strict=True))
         foreign = self._foreign(held)
         if foreign is not None and not words:
@@ -101,12 +125,25 @@ class Tables:
             raise FirewallError("no whole plan has been applied yet")
         return plan_change(difference, self._ranks)
 
-    async def apply(self, plan: Plan) -> None:
+    async def apply(self, plan: AnyPlan) -> None:
         """See ``Firewall.apply``."""
+        plan = _own(plan)
         self._held, self._ranks = None, None
         if plan:
-            await self._kernel.restore(await self._spelled(plan))
+            await self._kernel.restore(plan)
         self._ranks = plan.ranks
+
+    def diff(self, plan: AnyPlan) -> list[str]:
+        """See ``Firewall.diff``: below the table's name, in the words of ``iptables-restore``."""
+        return diff(_own(plan), self._kernel.family)
+
+    def script(self, plan: AnyPlan) -> list[str]:
+        """See ``Firewall.script``."""
+        return script(self._kernel, _own(plan))
+
+    def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
+        """See ``Firewall.drift``."""
+        return drift(_own(plan), asked, {tag(rule) for rule in dismissed})
 
     async def holders(self) -> list[Holder]:
         """See ``Firewall.holders``."""
@@ -117,6 +154,10 @@ class Tables:
             for chain, lines in zip(chains, answers, strict=True)
             for holder in holders(chain, listing(lines or ()), self._kernel.family)
         ]
+
+    async def counters(self) -> dict[str, Count]:
+        """See ``Firewall.counters``."""
+        return await asyncio.to_thread(_by_owner, await self._kernel.counts(Table.NAT, self._layout.chain))
 
     async def prepare(self) -> None:
         """See ``Firewall.prepare``."""
@@ -139,19 +180,11 @@ class Tables:
     async def _saved(self) -> dict[ChainKey, list[Line]]:
         texts = await asyncio.gather(*(self._kernel.table(table) for table in Table))
         tables = zip(Table, map(saved, texts), strict=True)
-        return {(table, chain): lines for table, chains in tables for chain, lines in chains.items()}
-
-    async def _listed(self, table: Table, chain: str) -> list[Line] | None:
-        lines = await self._kernel.chain(table, chain)
-        return None if lines is None else listing(lines)
-
-    async def _spelled(self, plan: Plan) -> Plan:
-        """Return a plan with the words of all rules that it knows by their tags alone; what is gone needs no more."""
-        keys = abridged(plan)
-        if not keys:
-            return plan
-        answers = await asyncio.gather(*(self._listed(table, chain) for table, chain in keys))
-        return spell(plan, {key: lines or [] for key, lines in zip(keys, answers, strict=True)})
+        return {
+            (table, chain): [line for line in lines if line.owner not in self._spared]
+            for table, chains in tables
+            for chain, lines in chains.items()
+        }
 
     async def _former(self, held: dict[ChainKey, list[Line] | None]) -> list[list[Line]]:
         """Return the chains that an earlier run jumps to from POSTROUTING under another name than the layout's."""
@@ -180,12 +213,36 @@ class Tables:
         return None
 
 
+def _by_owner(counts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
+    counted: dict[str, Count] = {}
+    for its, count in counts:
+        words = owner(its)
+        if "/" in words.partition(" ")[0]:  # a publication's, of which no rule in there is anything but DNAT
+            counted[words] = counted.get(words, Count()) + count
+    return counted
+
+
+def script(kernel: Kernel, plan: Plan) -> list[str]:
+    """Return a plan as lines of shell that write what ``Kernel.restore`` would, byte for byte; none where nothing."""
+    return shell(kernel.writer, restore_input(plan))
+
+
+async def _listed(kernel: Kernel, table: Table, chain: str) -> list[Line] | None:
+    lines = await kernel.chain(table, chain)
+    return None if lines is None else listing(lines)
+
+
+def _own(plan: AnyPlan) -> Plan:
+    if not isinstance(plan, Plan):
+        raise TypeError(f"not a plan for tables and chains: {plan!r}")
+    return plan
+
+
 def _localnet_records(chains: Iterable[list[Line] | None]) -> tuple[LocalnetRecord, ...]:
-    tags = (line.tag for lines in chains for line in lines or () if line.tag is not None)
-    records = (LocalnetRecord.parse(owner(its)) for its in tags)
+    records = (LocalnetRecord.parse(line.owner) for lines in chains for line in lines or ())
     return tuple(record for record in records if record is not None)
 
 
 def _chosen(lines: Iterable[Line]) -> tuple[Owner, ...]:
-    owners = (Owner.parse(owner(line.tag)) for line in lines if line.tag is not None and " of " in line.tag)
+    owners = (Owner.parse(line.owner) for line in lines if line.tag is not None and " of " in line.tag)
     return tuple(dict.fromkeys(found for found in owners if found is not None and found.mapping.dynamic))

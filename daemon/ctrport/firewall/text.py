@@ -11,9 +11,8 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
-from weakref import WeakKeyDictionary
 
-from ..model import Family, Holder, Mapping, PortRange, Protocol
+from ..model import Count, Family, Holder, Mapping, PortRange, Protocol
 from ..rules import USER_CHAIN, Dnat, Jump, Match, Rule, Verdict
 from .plan import Add, Delete, Empty, Line, New, Op, Plan, Remove
 
@@ -25,17 +24,13 @@ _COMMENT = re.compile(r'--comment "(' + TAG.pattern + r')"(?= |$)')
 CHAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,28}")
 
 
-# With it to look up whether the kernel holds what it should takes a third of the time. A tag is kept for as long as
-# somebody has the rule: where containers come and go, rules of the past would outnumber those of the present by far.
-_tags: WeakKeyDictionary[Rule, str] = WeakKeyDictionary()
-
-
 def tag(rule: Rule) -> str:
     """Return the comment that a rule bears in the kernel."""
-    its = _tags.get(rule)
-    if its is None:
-        its = _tags[rule] = _tag(rule, (*_match(rule.match), *_target(rule)))
-    return its
+    # Kept with the rule: with it to look up whether the kernel holds what it should takes a third of the time.
+    if rule.tag is None:
+        object.__setattr__(rule, "tag", _tag(rule, (*_match(rule.match), *_target(rule))))
+    assert rule.tag is not None
+    return rule.tag
 
 
 def _tag(rule: Rule, words: tuple[str, ...]) -> str:
@@ -55,7 +50,9 @@ def owner(line_tag: str) -> str:
 def arguments(rule: Rule) -> str:
     """Return a rule as iptables takes it behind ``-A CHAIN``."""
     match, target = tuple(_match(rule.match)), tuple(_target(rule))
-    return " ".join((*match, f'-m comment --comment "{_tag(rule, match + target)}"', *target))
+    if rule.tag is None:
+        object.__setattr__(rule, "tag", _tag(rule, match + target))
+    return " ".join((*match, f'-m comment --comment "{rule.tag}"', *target))
 
 
 def restore_input(plan: Plan) -> str:
@@ -64,6 +61,12 @@ def restore_input(plan: Plan) -> str:
     for block in plan.blocks:
         lines += [f"*{block.table}", *(_operation(op) for op in block.ops), "COMMIT"]
     return "".join(f"{line}\n" for line in lines)
+
+
+def shell(program: str, text: str) -> list[str]:
+    """Return lines of shell by which a program reads a text of ours; none where that is empty."""
+    # No line is that word: what is written are tables, chains, rules, sets and COMMIT.
+    return [f"{program} <<'EOF'", *text.split("\n")[:-1], "EOF"] if text else []
 
 
 _PRINTED = re.compile(r'(?:[^"\n]+|"(?:[^"\\]|\\.)*"|")+', re.DOTALL)
@@ -88,6 +91,16 @@ def saved(text: str) -> dict[str, list[Line]]:
         elif line.startswith("-A "):
             chains.setdefault(line.split(" ", 2)[1], []).append(_line(line))
     return chains
+
+
+_COUNTED = re.compile(r"\[(\d+):(\d+)\] (-A (\S+).*)", re.DOTALL)
+
+
+def counts(text: str, chain: str) -> list[tuple[str, Count]]:
+    """Read out of one table, as ``iptables-save -c`` prints it, what each rule of ours in one chain counted, by tag."""
+    found = (_COUNTED.fullmatch(line) for line in printed(text))
+    rules = ((_line(each[3]), each) for each in found if each is not None and each[4] == chain)
+    return [(line.tag, Count(int(each[1]), int(each[2]))) for line, each in rules if line.tag is not None]
 
 
 _PORTS = re.compile(r"-p (tcp|udp|sctp) .*?--dports? ([0-9:,]+)(?= |$)")
@@ -176,6 +189,8 @@ def _match(match: Match) -> Iterator[str]:
         yield f"-p {match.protocol}"
         if match.ports is not None:
             yield f"-m {match.protocol} --dport {_ports(match.ports)}"
+    if match.mark is not None:
+        yield f"-m mark --mark {match.mark:#x}/{match.mark:#x}"
     if match.to_local:
         yield "-m addrtype --dst-type LOCAL"
     if match.established:
