@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ctrport import cli, config, terminal
+from ctrport import cli, config, schema, terminal
 from ctrport.events import KINDS
 from ctrport.explain.fate import Cause
 from ctrport.firewall.tables import HOLDER_CHAINS
@@ -114,7 +114,7 @@ def test_configurations_are_taken(page: Path) -> None:
 def test_the_configuration_in_the_readme_says_the_defaults() -> None:
     everything = next(code for language, code in _FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
     assert config.parse(everything, "README.md") == config.parse("", "")
-    for section in (config.Containerd, config.Firewall, config.Metrics):
+    for section in (schema.Containerd, schema.Firewall, schema.Metrics):
         for key in section.__dataclass_fields__:
             assert f"  {key}: " in everything
 
@@ -122,8 +122,8 @@ def test_the_configuration_in_the_readme_says_the_defaults() -> None:
 def test_each_condition_of_an_entry_is_explained() -> None:
     text = (ROOT / "README.md").read_text()
     explained = text[text.index("An entry of `publish` has") :]
-    for schema in (config._Entry, config._Match, config._PodMatch):
-        for key in schema.__dataclass_fields__:
+    for its in (schema.Entry, schema.Match, schema.PodMatch):
+        for key in its.__dataclass_fields__:
             assert f"`{key}`" in explained, key
 
 
