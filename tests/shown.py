@@ -50,22 +50,28 @@ class Shown:
         return f"{self.page.relative_to(ROOT)}: {self.text}"
 
 
+def blocks(page: Path) -> list[str]:
+    """Return the blocks of a page that are to be typed."""
+    return [block for language, block in FENCE.findall(page.read_text()) if language == "sh"]
+
+
 def code(page: Path) -> list[str]:
     """Return what a page shows to be typed or seen: the lines of its blocks, and what stands between backticks."""
     text = page.read_text()
-    blocks = [block for language, block in FENCE.findall(text) if language in ("", "sh")]
+    fenced = [block for language, block in FENCE.findall(text) if language in ("", "sh")]
     rest = FENCE.sub("", text)
-    lines = [line for block in (*blocks, *INDENTED.findall(rest)) for line in _joined(block)]
+    lines = [line for block in (*fenced, *INDENTED.findall(rest)) for line in joined(block)]
     return [*lines, *re.findall(r"`([^`\n]+)`", rest)]
 
 
+def joined(block: str) -> list[str]:
+    """Return the lines of a block, those that go on in the next as one."""
+    return re.sub(r" *\\\n *", " ", block).splitlines()
+
+
 def commands(page: Path) -> Iterator[Shown]:
-    """Yield the commands of a page, each once. A name alone, or with an option that is meant, is no command."""
+    """Yield the commands of a page, each once. The name of a program alone is none."""
     for line in dict.fromkeys(code(page)):
         text = re.split(r" +#|  +", line.strip())[0]
         if text.split(" ")[0] in PLACES and re.search(r" [^-\s]| --?\w+ \S", text) and "…" not in text:
             yield Shown(page, text)
-
-
-def _joined(block: str) -> list[str]:
-    return re.sub(r" *\\\n *", " ", block).splitlines()
