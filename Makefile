@@ -18,7 +18,7 @@ CORE_COVERAGE := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs dist distboot image run \
+.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs reference dist distboot image run \
 	install uninstall clean
 
 help:  ## Show this list
@@ -66,6 +66,7 @@ lint: $(READY)  ## Check style, types, import contracts and generated code
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python bin/generate-stubs --check
+	$(BIN)/python bin/generate-reference --check
 
 unit: $(READY)  ## Run the tests without I/O, and see that they cover the core
 	$(BIN)/coverage run -m pytest tests/unit
@@ -79,6 +80,9 @@ pythons:  ## Run the unit tests under every Python from 3.10 to 3.13 that is fou
 
 stubs: $(READY)  ## Generate daemon/ctrport/api from proto/
 	$(BIN)/python bin/generate-stubs
+
+reference: $(READY)  ## Write the tables of docs/configuration.md from the schema
+	$(BIN)/python bin/generate-reference
 
 dist: tools $(READY)  ## Build dist/*.tar.gz, which installs on a node without network, and try it (as root, 1 minute)
 	@rm -f dist/ctrport-*.tar.gz

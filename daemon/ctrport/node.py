@@ -23,7 +23,8 @@ CILIUM_DEVICE = "cilium_host"
 
 CILIUM = (
     f"Cilium runs on this node (there is a device {CILIUM_DEVICE}): what its eBPF programs send on past iptables, they "
-    'send past ctrport, and a published port may get no answer; "Beside Cilium" in docs/operating.md says what to do'
+    "send past ctrport, and a published port may get no answer; "
+    '"Beside Cilium" in docs/troubleshooting.md says what to do'
 )
 
 

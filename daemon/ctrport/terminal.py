@@ -77,12 +77,12 @@ def _drawn(rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
 def way(explanation: Explanation) -> None:
     """Print the way of a packet, a line a step, and what became of it; in colour on a terminal."""
     cells = [(one_line(step.where), one_line(step.what), one_line(step.whose)) for step in explanation.steps]
-    where, what, whose = (max(map(len, column), default=0) for column in zip(*cells, strict=True))
+    where, what, whose = (max((len(row[column]) for row in cells), default=0) for column in range(3))
     if sys.stdout.isatty():
         what = min(what, max(shutil.get_terminal_size().columns - where - whose - 4, ROOM))
     for step, row in zip(explanation.steps, cells, strict=True):
         colour = _FATES.get(step.does) if step.whose else None
-        first, *more = textwrap.wrap(row[1], what) or [""]
+        first, *more = textwrap.wrap(row[1], max(what, 1)) or [""]
         click.echo(f"{row[0].ljust(where)}  {click.style(first.ljust(what), fg=colour)}  {row[2]}".rstrip())
         for part in more:
             click.echo(" " * (where + 2) + click.style(part, fg=colour))

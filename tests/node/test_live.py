@@ -18,10 +18,10 @@ import pytest
 from ctrport import live
 from ctrport.api import containers_pb2
 from ctrport.config import Config
-from ctrport.config import Containerd as Settings
 from ctrport.containerd import Containerd
 from ctrport.model import ContainerKey
 from ctrport.run import STATUS_PAUSE
+from ctrport.schema import Containerd as Settings
 from ctrport.stored import EXTENSION
 from embedded.container import Container
 from embedded.node import Node

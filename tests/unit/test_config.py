@@ -12,11 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrport import config
-from ctrport.config import Config, ConfigError, Containerd, Firewall
+from ctrport import config, schema
+from ctrport.config import Config, ConfigError
 from ctrport.declared import Kind, Permission
 from ctrport.listen import NOWHERE
 from ctrport.model import Access, Declaration, Mapping, PodSelector, PortRange, Protocol, Selector
+from ctrport.schema import Containerd, Firewall
 from tests.unit import strategies
 
 EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
@@ -274,11 +275,11 @@ def test_the_example_names_every_key_with_its_default() -> None:
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         assert shown[type(section).__name__.lower()] == values
     entries = yaml.safe_load(uncommented())["publish"]
-    assert {key for entry in entries for key in entry} == {field.name for field in fields(config._Entry)}
+    assert {key for entry in entries for key in entry} == {field.name for field in fields(schema.Entry)}
     matches = [entry["match"] for entry in entries]
-    assert {key for match in matches for key in match} == {field.name for field in fields(config._Match)}
+    assert {key for match in matches for key in match} == {field.name for field in fields(schema.Match)}
     pods = [match["pod"] for match in matches if "pod" in match]
-    assert {key for pod in pods for key in pod} == {field.name for field in fields(config._PodMatch)}
+    assert {key for pod in pods for key in pod} == {field.name for field in fields(schema.PodMatch)}
 
 
 def test_the_commented_rules_of_the_example_are_good() -> None:
@@ -299,7 +300,7 @@ def test_the_commented_rules_of_the_example_are_good() -> None:
         protocols=frozenset({Protocol.TCP}),
     )
     named = {key for rule in yaml.safe_load(text)["containers_may_publish"] for key in rule}
-    assert named == {field.name for field in fields(config._Permission)}
+    assert named == {field.name for field in fields(schema.MayPublish)}
 
 
 def test_annotations_are_read_only_where_a_rule_is_about_them() -> None:

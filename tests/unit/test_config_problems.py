@@ -12,9 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ctrport import config
-from ctrport.config import ConfigError, Containerd, Firewall, Problem
+from ctrport import config, schema
+from ctrport.config import ConfigError, Problem
 from ctrport.listen import Listen
+from ctrport.schema import Containerd, Firewall
 
 
 def problems(text: str) -> list[str]:
@@ -454,21 +455,21 @@ def test_a_list_of_bad_items_is_not_called_empty() -> None:
 
 
 def test_every_place_of_the_schema_says_what_is_expected() -> None:
-    named = {known.rpartition(".")[::2] for known in config._EXPECTED if known and known[-1] not in "]}"}
+    named = {known.rpartition(".")[::2] for known in schema.EXPECTED if known and known[-1] not in "]}"}
     assert named == {
         (place, field.name)
-        for place, schema in [
-            ("", config._File),
+        for place, its in [
+            ("", schema.File),
             ("containerd", Containerd),
             ("firewall", Firewall),
-            ("metrics", config.Metrics),
-            ("networks[]", config._Network),
-            ("publish[]", config._Entry),
-            ("containers_may_publish[]", config._Permission),
-            ("publish[].match", config._Match),
-            ("publish[].match.pod", config._PodMatch),
+            ("metrics", schema.Metrics),
+            ("networks[]", schema.Network),
+            ("publish[]", schema.Entry),
+            ("containers_may_publish[]", schema.MayPublish),
+            ("publish[].match", schema.Match),
+            ("publish[].match.pod", schema.PodMatch),
         ]
-        for field in fields(schema)
+        for field in fields(its)
     }
 
 
@@ -526,7 +527,7 @@ yaml_values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(sorted({part for known in config._EXPECTED for part in re.findall(r"\w+", known)}))
+            st.sampled_from(sorted({part for known in schema.EXPECTED for part in re.findall(r"\w+", known)}))
             | st.text(max_size=3),
             inner,
             max_size=4,

@@ -75,7 +75,7 @@ def test_the_end_of_an_exec_is_not_the_containers(topic: str, payload: Message) 
 
 
 def test_other_topics_are_none_of_ours() -> None:
-    assert task_event(envelope("/tasks/create", payloads_pb2.TaskCreate(container_id="web"))) is None
+    assert task_event(envelope("/tasks/oom", payloads_pb2.TaskStart(container_id="web"))) is None
     assert task_event(envelope("/images/update", payloads_pb2.ContainerUpdate(id="web"))) is None
 
 

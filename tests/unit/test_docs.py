@@ -9,31 +9,14 @@ from pathlib import Path
 import click
 import pytest
 
-from ctrport import cli, config, terminal
+from ctrport import cli, config, schema, terminal
 from ctrport.events import KINDS
 from ctrport.explain.fate import Cause
 from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.nftports import CHAINS
 from ctrport.rules import USER_CHAIN, Layout
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = (
-    *("docs/operating.md", "docs/metrics.md", "docs/paths.md", "docs/docker.md"),
-    *("deploy/kubernetes/README.md", "deploy/prometheus/README.md"),
-)
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)]
-
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
-
-
-def shown(page: Path) -> str:
-    """Return a page's code alone: blocks, and what stands between backticks."""
-    text = page.read_text()
-    fenced = [code for language, code in _FENCE.findall(text) if language in ("", "sh")]
-    rest = _FENCE.sub("", text)
-    return "\n".join([*fenced, *_INDENTED.findall(rest), *re.findall(r"`([^`\n]+)`", rest)])
+from tests.shown import FENCE, PAGES, PLACES, ROOT, blocks, code
 
 
 def command_lines(text: str, program: str) -> list[list[str]]:
@@ -67,7 +50,7 @@ def wrong(arguments: list[str]) -> str | None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_options_exist(page: Path) -> None:
-    assert [problem for call in command_lines(shown(page), "ctrport") if (problem := wrong(call))] == []
+    assert [problem for call in command_lines("\n".join(code(page)), "ctrport") if (problem := wrong(call))] == []
 
 
 def test_the_check_of_commands_sees_what_is_wrong() -> None:
@@ -88,7 +71,7 @@ def test_the_check_of_commands_sees_what_is_wrong() -> None:
 
 
 def test_every_command_and_option_is_documented() -> None:
-    readme = (ROOT / "README.md").read_text() + (ROOT / "docs" / "operating.md").read_text()
+    readme = (ROOT / "README.md").read_text() + _operating()
     for name, command in cli.cli.commands.items():
         assert f"| `ctrport {name}` |" in readme
         for option in command.params:
@@ -104,17 +87,17 @@ def test_the_unit_runs_a_command_that_exists() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_configurations_are_taken(page: Path) -> None:
-    for language, code in _FENCE.findall(page.read_text()):
+    for language, block in FENCE.findall(page.read_text()):
         if language == "yaml":
-            config.parse(code, page.name)
-            if "conf.d" in code.splitlines()[0]:
-                assert config.parse("", "", [(page.name, code)]).publish
+            config.parse(block, page.name)
+            if "conf.d" in block.splitlines()[0]:
+                assert config.parse("", "", [(page.name, block)]).publish
 
 
 def test_the_configuration_in_the_readme_says_the_defaults() -> None:
-    everything = next(code for language, code in _FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
+    everything = next(code for language, code in FENCE.findall((ROOT / "README.md").read_text()) if "backend:" in code)
     assert config.parse(everything, "README.md") == config.parse("", "")
-    for section in (config.Containerd, config.Firewall, config.Metrics):
+    for section in (schema.Containerd, schema.Firewall, schema.Metrics):
         for key in section.__dataclass_fields__:
             assert f"  {key}: " in everything
 
@@ -122,8 +105,8 @@ def test_the_configuration_in_the_readme_says_the_defaults() -> None:
 def test_each_condition_of_an_entry_is_explained() -> None:
     text = (ROOT / "README.md").read_text()
     explained = text[text.index("An entry of `publish` has") :]
-    for schema in (config._Entry, config._Match, config._PodMatch):
-        for key in schema.__dataclass_fields__:
+    for its in (schema.Entry, schema.Match, schema.PodMatch):
+        for key in its.__dataclass_fields__:
             assert f"`{key}`" in explained, key
 
 
@@ -140,8 +123,7 @@ def test_each_cause_that_explain_names_is_listed() -> None:
 
 
 def test_whatever_holds_a_port_is_named() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "operating.md", ROOT / "CHANGELOG.md"):
-        text = page.read_text()
+    for text in ((ROOT / "README.md").read_text(), _operating(), (ROOT / "CHANGELOG.md").read_text()):
         assert [name for name in (*HOLDER_CHAINS, *CHAINS) if not re.search(rf"\b{name}\b", text)] == []
     reasons = re.findall(r"^\| conflict \| host port … is held by ([A-Za-z_-]+) \|", _operating(), re.MULTILINE)
     assert set(HOLDER_CHAINS) - {"KUBE-NODEPORTS"} | set(CHAINS) <= set(reasons)
@@ -149,11 +131,12 @@ def test_whatever_holds_a_port_is_named() -> None:
 
 
 def _operating() -> str:
-    return (ROOT / "docs" / "operating.md").read_text()
+    """Return what operators are told: of every day, of nights, and of installing it."""
+    return "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("operating", "troubleshooting", "install"))
 
 
 def test_what_an_installation_writes_is_listed() -> None:
-    listed = re.findall(r"^\| `(/(?:opt|usr|etc)/\S+)` \|", _operating().partition("## Install")[2], re.MULTILINE)
+    listed = re.findall(r"^\| `(/(?:opt|usr|etc)/\S+)` \|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
     assert len(listed) == 5
     script = (ROOT / "bin" / "install").read_text().replace("$config", "/etc/ctrport")
     assert [path for path in listed if path not in script] == []
@@ -177,10 +160,38 @@ def test_each_kind_of_event_is_explained() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_targets_and_files_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for call in command_lines(shown(page), "make"):
+    for call in command_lines("\n".join(code(page)), "make"):
         assert not call or call[0] in targets
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def anchors(page: Path) -> list[str]:
+    """Return what the headings of a page are linked by, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_headings(page: Path) -> None:
+    wrong = []
+    for file, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", page.read_text()):
+        there = (page.parent / file).resolve() if file else page
+        if not file.startswith("https://") and anchor not in anchors(there):
+            wrong.append(f"{file}#{anchor}")
+    assert wrong == []
+
+
+def test_each_page_is_found_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES if page.name != "README.md" and page.name not in readme] == []
+
+
+def test_every_program_that_is_shown_is_known() -> None:
+    """So that no command is left out because nobody said where it is tried."""
+    lines = (line for page in PAGES for block in blocks(page) for line in block.splitlines())
+    first = {line.split()[0] for line in lines if line.strip() and not line.startswith((" ", "#", "-", "}", "+"))}
+    assert sorted(word for word in first if re.fullmatch(r"[a-z][a-z0-9-]+", word) and word not in PLACES) == []
 
 
 def test_each_state_is_explained() -> None:

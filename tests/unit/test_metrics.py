@@ -198,7 +198,7 @@ def test_each_value_of_a_label_is_explained(values: Sequence[str]) -> None:
     assert [value for value in values if f"`{value}`" not in text] == []
 
 
-@pytest.mark.parametrize("file", [ALERTS, DASHBOARD, PAGE.with_name("operating.md")], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [ALERTS, DASHBOARD, PAGE.with_name("troubleshooting.md")], ids=lambda file: file.name)
 def test_what_is_used_of_metrics_exists(file: Path) -> None:
     assert used(file.read_text()) - exported() == set()
     assert len(used(file.read_text())) > 5
@@ -211,7 +211,7 @@ def alerts() -> list[dict[str, Any]]:
 
 
 def test_each_alert_leads_to_what_to_do() -> None:
-    page = PAGE.with_name("operating.md")
+    page = PAGE.with_name("troubleshooting.md")
     anchors = [
         re.sub(r"[^a-z0-9 _-]", "", line.lstrip("# ").lower()).replace(" ", "-")
         for line in page.read_text().splitlines()
@@ -220,7 +220,7 @@ def test_each_alert_leads_to_what_to_do() -> None:
     assert len(anchors) == len(set(anchors))
     for rule in alerts():
         file, _, anchor = rule["annotations"]["runbook"].partition("#")
-        assert file == "docs/operating.md"
+        assert file == "docs/troubleshooting.md"
         assert anchor in anchors, rule["alert"]
         assert anchor == rule["alert"].lower()
         assert rule["labels"]["severity"] in ("critical", "warning", "info")

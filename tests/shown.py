@@ -1,0 +1,77 @@
+"""What the documentation shows to be typed, and where that is tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "deploy").glob("*/README.md")),
+]
+
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^    .*\n)+", re.MULTILINE)
+
+#: Where a command is tried, by its first word. What is not named here is no command.
+NODE = "on an embedded node, by tests/node/test_shown_commands.py"
+BOOT = "in a booted Debian, by `make boot`"
+MAKE = "a target of the Makefile"
+NOWHERE = "takes what is not here"
+PROGRAMS = {
+    NODE: (
+        "ctrport ctr iptables-nft ip6tables-nft iptables-legacy iptables-nft-save conntrack nft ip ss sysctl bridge "
+        "nsenter tcpdump ps ls cat df findmnt fuser command curl cp mv modprobe promtool"
+    ),
+    BOOT: "systemctl journalctl systemd-analyze firewall-cmd apt-get tar",
+    MAKE: "make",
+    NOWHERE: "kubectl podman kind docker nerdctl cilium-dbg",
+}
+PLACES = {program: place for place, programs in PROGRAMS.items() for program in programs.split()}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A command as a page shows it."""
+
+    page: Path
+    text: str
+
+    @property
+    def place(self) -> str:
+        """Where it is tried."""
+        return PLACES[self.text.split()[0]]
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}: {self.text}"
+
+
+def blocks(page: Path) -> list[str]:
+    """Return the blocks of a page that are to be typed."""
+    return [block for language, block in FENCE.findall(page.read_text()) if language == "sh"]
+
+
+def code(page: Path) -> list[str]:
+    """Return what a page shows to be typed or seen: the lines of its blocks, and what stands between backticks."""
+    text = page.read_text()
+    fenced = [block for language, block in FENCE.findall(text) if language in ("", "sh")]
+    rest = FENCE.sub("", text)
+    lines = [line for block in (*fenced, *INDENTED.findall(rest)) for line in joined(block)]
+    return [*lines, *re.findall(r"`([^`\n]+)`", rest)]
+
+
+def joined(block: str) -> list[str]:
+    """Return the lines of a block, those that go on in the next as one."""
+    return re.sub(r" *\\\n *", " ", block).splitlines()
+
+
+def commands(page: Path) -> Iterator[Shown]:
+    """Yield the commands of a page, each once. The name of a program alone is none."""
+    for line in dict.fromkeys(code(page)):
+        text = re.split(r" +#|  +", line.strip())[0]
+        if text.split(" ")[0] in PLACES and re.search(r" [^-\s]| --?\w+ \S", text) and "…" not in text:
+            yield Shown(page, text)
