@@ -104,6 +104,7 @@ class Reconciler:
         self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
         self._containerd_state = "not connected"
         self._problem = ""  # why the kernel is not in line; empty where it is
+        self._in_line = False  # whether it was when it was last settled: while it is looked at nothing is known
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
@@ -326,6 +327,7 @@ class Reconciler:
                 self._writing.reset()
             if grounds.since is not None:
                 self._suspicion.end(_cpu() - began, time.monotonic())
+            self._in_line = self._dataplane.in_line
             # A look that somebody's write was the cause of, and that found nothing, is no news.
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
@@ -398,7 +400,7 @@ class Reconciler:
             updated=shown(datetime.now(timezone.utc)),
             config=self._stale,
             containerd=self._containerd_state,
-            firewall=self._problem or ("in line" if self._dataplane.in_line else "not read yet"),
+            firewall=self._problem or ("in line" if self._in_line else "not read yet"),
             events=self._events,
             transactions=self._dataplane.transactions,
             repairs=self._chronicle.repairs,

@@ -122,7 +122,7 @@ async def _ground(config: Config, reservations: Reservations) -> Ground:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
     its = await firewalls(shape, choice.backend, alarm)
-    others = await others_than(choice.backend, shape)
+    others = await others_than(choice.backend, shape, alarm)
     return Ground(its, Dataplane(its, shape, reservations, others), alarm)
 
 
