@@ -178,7 +178,7 @@ async def _ground(config: Config, reservations: Reservations, tally: Tally) -> t
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
     its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
-    others = await others_than(choice.backend, shape)
+    others = await others_than(choice.backend, shape, alarm)
     found = Event(
         "firewall",
         backend=choice.backend,

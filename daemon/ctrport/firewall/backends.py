@@ -42,16 +42,18 @@ def firewalls_of(
     return {family: Tables(NftCommands(family, *announce), its) for family in served}
 
 
-async def others_than(backend: str, its: Layout) -> list[Firewall]:
-    """Return the tables that are not this backend's, and may hold rules of ours all the same."""
+async def others_than(backend: str, its: Layout, alarm: Alarm | None = None) -> list[Firewall]:
+    """Return the tables that are not this backend's, and may hold rules of ours all the same; see ``firewalls``."""
+    announce = (alarm.disregard,) if alarm is not None else ()
     # The one rule that our own table has in FORWARD is not theirs.
     spared = (ACCEPTED_OWNER,) if backend == OwnTable.name else ()
     found: list[Firewall] = []
     if backend != NftCommands.name and may_have_iptables_nft():
-        found += [Tables(NftCommands(family), its, spared) for family in await families(NftCommands.name)]
+        served = await families(NftCommands.name)
+        found += [Tables(NftCommands(family, *announce), its, spared) for family in served]
     if backend != LegacyTables.name:
         found += _existing_legacy(its, spared)
-    return found if backend == OwnTable.name else found + _existing_own(its)
+    return found if backend == OwnTable.name else found + _existing_own(its, *announce)
 
 
 async def every_firewall() -> list[Firewall]:
@@ -70,8 +72,8 @@ def _own_table(family: Family, its: Layout, announce: Announce = lambda *_: None
     return OwnTable(NftTable(family, announce), its, (Door(commands, its), Door(legacy, its)), others)
 
 
-def _existing_own(its: Layout) -> list[Firewall]:
-    return [_own_table(family, its) for family in own_tables()]
+def _existing_own(its: Layout, announce: Announce = lambda *_: None) -> list[Firewall]:
+    return [_own_table(family, its, announce) for family in own_tables()]
 
 
 def _existing_legacy(its: Layout, spared: Container[str] = ()) -> list[Firewall]:
