@@ -53,7 +53,7 @@ bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 
 drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy neighbours cost (as root, 1 minute)
 	@$(BIN)/python -m bench.drift
 
-matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 5 minutes)
+matrix: tools $(READY)  ## Try who reaches what under every setting, write docs/paths.md anew (as root, 6 minutes)
 	@$(BIN)/python -m tests.matrix
 
 kills: tools $(READY)  ## Kill the daemon and see what the next one makes of it (as root, 7 minutes): make kills KILLS=200

@@ -15,7 +15,7 @@ import errno
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .nlmsg import (
@@ -56,6 +56,15 @@ class Writer:
 
     def __str__(self) -> str:
         return f"{self.name} (pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class BaseChain:
+    """A chain that the kernel calls for packets; ``accepts``: what it lets pass to its end goes on, by its policy."""
+
+    table: str
+    name: str
+    accepts: bool
 
 
 class NfTables(Conversation):
@@ -116,6 +125,15 @@ class NfTables(Conversation):
             raise
         return True
 
+    def base_chains(self, family: int, hook: int) -> list[BaseChain]:
+        """Return the chains of one family that are called at a hook, by its number. Raises ``Interrupted``."""
+        found = []
+        for message in self.dump(_GETCHAIN, struct.pack("=BBH", family, 0, 0)):
+            its = read_attributes(message[4:])
+            if int.from_bytes(read_attributes(its.get(4, b"")).get(1, b"\xff"), "big") == hook:
+                found.append(BaseChain(text(its[1]), text(its[3]), _accepts(its)))
+        return found
+
     def accepts(self, family: int, table: str, chain: str) -> bool:
         """Whether what a chain lets pass to its end goes on, by its policy; also where there is no such chain."""
         try:
@@ -124,7 +142,7 @@ class NfTables(Conversation):
             if error.errno == errno.ENOENT:
                 return True
             raise
-        return int.from_bytes(read_attributes(answer[4:]).get(5, b"\1"), "big") == 1
+        return _accepts(read_attributes(answer[4:]))
 
     def commit(self, changes: Sequence[Message], *, generation: int | None = None) -> None:
         """Have changes made at once, or none of them. Takes 0.1 ms, and what each of them takes.
@@ -142,6 +160,10 @@ class NfTables(Conversation):
             self.together([begin, *changes[:-1], last, end])
         except Rejected as error:
             raise Rejected(error.errno or 0, error.index - 1 if error.index <= len(changes) else -1) from error
+
+
+def _accepts(chain: dict[int, bytes]) -> bool:
+    return int.from_bytes(chain.get(5, b"\1"), "big") == 1
 
 
 def delete_rule(family: int, table: str, chain: str, handle: int) -> Message:
@@ -180,12 +202,17 @@ def counted(rule: bytes) -> tuple[int, int]:
     return int.from_bytes(data.get(2, b""), "big"), int.from_bytes(data.get(1, b""), "big")
 
 
+def expressions(rule: bytes) -> Iterator[tuple[str, dict[int, bytes]]]:
+    """Yield each expression of a rule, by its name and its attributes."""
+    for _, expression in each_attribute(read_attributes(rule).get(4, b"")):
+        its = read_attributes(expression)
+        yield text(its.get(1, b"")), read_attributes(its.get(2, b""))
+
+
 def target(rule: bytes) -> str:
     """Return the chain that a rule goes to, or the name of its verdict or target; empty where it goes nowhere."""
     found = ""
-    for _, expression in each_attribute(read_attributes(rule).get(4, b"")):
-        its = read_attributes(expression)
-        name, data = text(its.get(1, b"")), read_attributes(its.get(2, b""))
+    for name, data in expressions(rule):
         if name == "immediate":
             verdict = read_attributes(read_attributes(data.get(2, b"")).get(2, b""))
             if 1 in verdict:

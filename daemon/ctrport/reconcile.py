@@ -278,7 +278,8 @@ class Reconciler:
             systemd.watchdog()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
                 config, self._next_config = self._next_config, None
-                await self._change_config(config)
+                if config != self._survey.config:  # one that is announced twice is carried out once
+                    await self._change_config(config)
             await self._woken(min(next_tick, self._due_at()))
             if self._dirty or self._node_changed:
                 pause = self._pace.wait(time.monotonic())
@@ -368,6 +369,7 @@ class Reconciler:
                     self._chronicle.repaired(drift, grounds, self._looked_at)
                 if mend:
                     self._looked_at = time.monotonic()
+                    self._tell_of_node()  # of tables of others something may be new, too
                 if self._problem:
                     log.info("the kernel is in line again")
                 self._problem = ""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from . import endpoints, nodeports
+from . import endpoints, nftports, nodeports
 from .config import Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
@@ -89,6 +89,7 @@ class Survey:
         for family, firewall in self._firewalls.items() if others else ():
             await self._ask(f"the tables of {family}", firewall.holders())
             await self._ask(f"kube-proxy's table of {family}", nodeports.holders(family))
+            self._see(f"other tables of {family}", family)
         holders = tuple(holder for found in self._holders.values() for holder in found)
         self.facts = replace(self._node.facts, holders=holders)
         self.publications.learn(self.facts)
@@ -98,6 +99,13 @@ class Survey:
         try:
             self._holders[where] = await asked
         except (FirewallError, nodeports.Unknown) as error:
+            log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
+
+    def _see(self, where: str, family: Family) -> None:
+        """Take in who holds host ports in tables of portmap's and dockerd's own."""
+        try:
+            self._holders[where] = nftports.holders(family)
+        except nftports.Unknown as error:
             log.debug("who holds host ports in %s cannot be seen, what was known of it stands: %s", where, error)
 
     async def everything(self) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from ctrport.firewall import FirewallError, ForeignChain
 from ctrport.firewall.door import Door
-from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan
+from ctrport.firewall.plan import BUILT_IN, Add, Block, Line, New, Plan, Remove
 from ctrport.firewall.tables import Kernel, Tables
 from ctrport.firewall.text import TAG, listing, saved, tag
 from ctrport.model import Family
@@ -349,22 +349,24 @@ class TablesContract(FirewallContract):
         run(work())
 
     @pytest.mark.parametrize(
-        ("writes", "opened"),
+        ("writes", "place"),
         [
-            ([], False),
-            (["-P FORWARD DROP"], True),
-            (["-A FORWARD -i lo -j DROP"], True),
-            (["-N ufw-before-forward", "-A FORWARD -j ufw-before-forward"], True),
-            (["-A FORWARD -i lo -j ACCEPT", "-N KUBE-FORWARD", "-A FORWARD -j KUBE-FORWARD"], False),
-            (["-P FORWARD DROP", "-N KUBE-FORWARD", "-A FORWARD -j KUBE-FORWARD"], True),
+            ([], None),
+            (["-P FORWARD DROP"], 0),
+            (["-A FORWARD -i lo -j DROP"], 0),
+            (["-N ufw-before-forward", "-A FORWARD -j ufw-before-forward"], 0),
+            (["-A FORWARD -i lo -j ACCEPT", "-N KUBE-FORWARD", "-A FORWARD -j KUBE-FORWARD"], None),
+            (["-P FORWARD DROP", "-N KUBE-FORWARD", "-A FORWARD -j KUBE-FORWARD"], 1),
+            (["-N DOCKER-USER", "-A FORWARD -j DOCKER-USER", "-A FORWARD -i lo -j DROP"], 1),
+            (["-N DOCKER-USER", "-A FORWARD -i lo -j DROP", "-A FORWARD -j DOCKER-USER"], 0),
         ],
     )
     def test_a_forward_that_may_drop_is_opened_for_what_our_own_table_accepts(
-        self, kernel: Kernel, run: Run, operator: Operator, writes: Sequence[str], opened: bool
+        self, kernel: Kernel, run: Run, operator: Operator, writes: Sequence[str], place: int | None
     ) -> None:
         for each in writes:
             operator(Table.FILTER, each)
-        policed = any("KUBE" in each for each in writes)
+        opened = place is not None
 
         async def work() -> None:
             before, door = await everything(kernel), Door(kernel, LAYOUT)
@@ -374,10 +376,20 @@ class TablesContract(FirewallContract):
             assert bool(plan) == opened
             there = await lines(kernel, Table.FILTER, "FORWARD")
             rule = tag(accepted(LAYOUT, kernel.family))
-            if opened:
-                assert there[-1 if policed else 0].tag == rule
+            assert [index for index, line in enumerate(there) if line.tag == rule] == ([place] if opened else [])
             await door.look()
             assert not door.plan()
+            if opened:
+                # It is put back where it belongs, whoever moved it.
+                [line] = [line for line in there if line.tag == rule]
+                await kernel.restore(Plan((Block(Table.FILTER, (Remove("FORWARD", line),)),)))
+                await kernel.restore(Plan((Block(Table.FILTER, (Add(accepted(LAYOUT, kernel.family), 1),)),)))
+                await door.look()
+                await door.write(door.plan())
+                there = await lines(kernel, Table.FILTER, "FORWARD")
+                assert [index for index, line in enumerate(there) if line.tag == rule] == [place]
+                await door.look()
+                assert not door.plan()
             # What takes everything of ours away takes this as well, but where it is to be left.
             spared = Tables(kernel, LAYOUT, (ACCEPTED_OWNER,))
             assert not any(await spared.plan_removal())

@@ -6,9 +6,11 @@ FORWARD's policy is; at the others he meets the socket that reserves the port.
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -59,10 +61,11 @@ class Street:
     node: Node
     web: Container
     sibling: Container
+    backend: str
 
 
-def declarations() -> str:
-    lines = ["publish:"]
+def declarations(backend: str) -> str:
+    lines = [f"firewall: {{backend: {backend}}}", "publish:"]
     for port, access in PORTS.items():
         both = f'"{port}:{port - 1000}", "{port}:{port - 1000}/udp"'
         lines.append(f"  - {{match: {{container: web}}, ports: [{both}]{access and ', '}{access}}}")
@@ -75,8 +78,8 @@ def ends(ports: range) -> str:
     return f"{ports[0]}-{ports[-1]}"
 
 
-@pytest.fixture(scope="module")
-def street() -> Iterator[Street]:
+@pytest.fixture(scope="module", params=["iptables-nft", "nftables"])
+def street(request: pytest.FixtureRequest) -> Iterator[Street]:
     with Node() as node:
         node.start_containerd()
         node.add_network("docker0", subnet6="fd00:17::/64")
@@ -85,10 +88,10 @@ def street() -> Iterator[Street]:
         web, sibling = node.start("web"), node.start("sibling")
         serve(web, *(port - 1000 for port in PORTS), *SAME, addresses=BOTH_FAMILIES)
         ctrport = Ctrport(node)
-        ctrport.configure(declarations())
+        ctrport.configure(declarations(request.param))
         ctrport.start()
         assert {p["state"] for p in ctrport.status()["publications"]} == {"active"}
-        yield Street(node, web, sibling)
+        yield Street(node, web, sibling, request.param)
 
 
 @pytest.fixture(
@@ -102,8 +105,15 @@ def under(request: pytest.FixtureRequest, street: Street) -> Street:
     for program, switch in (("iptables-nft", "iptables"), ("ip6tables-nft", "ip6tables")):
         street.node.run(program, "-P", "FORWARD", policy)
         street.node.sysctl(f"net/bridge/bridge-nf-call-{switch}", nf)
+        if street.backend == "nftables":  # which has a rule in there while it drops, and no longer
+            forward = (program, "-S", "FORWARD")
+            eventually(partial(_is_open, street.node, forward, policy == "DROP"), what="FORWARD being opened, or left")
     street.node.run("conntrack", "-F")  # no flow that was let in under other conditions answers for these
     return street
+
+
+def _is_open(node: Node, forward: tuple[str, ...], opened: bool) -> bool:
+    return ("ctrport nftables" in node.run(*forward).stdout) is opened
 
 
 CLIENT, CLIENT6 = Node.client_address, Node.client_address6
@@ -214,6 +224,14 @@ def test_a_connection_of_who_is_let_in_lives_while_others_are_refused(under: Str
 
 
 def test_a_container_meets_no_rule_of_a_family_it_has_no_source_of(street: Street) -> None:
+    if street.backend == "nftables":
+        v4, v6 = (street.node.run("nft", "list", "table", family, "ctrport").stdout for family in ("ip", "ip6"))
+        assert " . 8083 " not in v4
+        assert " . 8081 " not in v6
+        # What is for every address of a family is with what is for all.
+        assert all(re.search(rf"[={{,]\s+tcp \. {port} ", its) for port, its in ((8086, v4), (8087, v6)))
+        return
+
     def chain(program: str) -> list[str]:
         listed = street.node.run(program, "-t", "nat", "-S", "DOCKER").stdout
         return [line for line in listed.splitlines() if "-j DNAT" in line]

@@ -17,7 +17,7 @@ from tests.node.daemon import Ctrport, wait_open
 
 #: The host ports of ctrport's containers and of dockerd's; of those, one that the other side wants too.
 OURS, WANTED, SOON, DOCKERS, TAKEN = 8080, 8082, 8083, 8081, 8081
-CHAIN = "firewall: {chain: CTRPORT}\n"
+CHAIN, OWN_TABLE = "firewall: {chain: CTRPORT}\n", "firewall: {backend: nftables}\n"
 PUBLISH = f"""\
 publish:
   - match: {{container: web}}
@@ -94,8 +94,8 @@ def forward(node: Node) -> list[str]:
     return node.run("iptables-nft", "-S", "FORWARD").stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def beside() -> Iterator[Beside]:
+@pytest.fixture(scope="module", params=[CHAIN, OWN_TABLE], ids=["chain", "table"])
+def beside(request: pytest.FixtureRequest) -> Iterator[Beside]:
     with Node() as node:
         node.run("iptables-nft", "-P", "FORWARD", "DROP")
         node.start_containerd()
@@ -108,7 +108,7 @@ def beside() -> Iterator[Beside]:
             Server(place, 80)
         ctrport = Ctrport(node)
         beside = Beside(node, ctrport, dockerd, web, shop, node.tables())
-        ctrport.configure(CHAIN + PUBLISH)
+        ctrport.configure(request.param + PUBLISH)
         ctrport.start()
         yield beside
 
@@ -149,7 +149,10 @@ def test_a_restart_of_dockerd_leaves_ctrports_ports_and_the_order_is_put_right(b
     beside.shop = beside.dockerd.container("shop")
     Server(beside.shop, 80)
     # dockerd puts its own on top, which is seen at once.
-    eventually(lambda: "ctrport" in forward(beside.node)[1], what="our jump being on top again")
+    if OWN_TABLE in beside.ctrport.config.read_text():
+        eventually(lambda: "ctrport nftables" in forward(beside.node)[2], what="our rule being behind the operator's")
+    else:
+        eventually(lambda: "ctrport" in forward(beside.node)[1], what="our jump being on top again")
     assert forward(beside.node)[1].endswith("-j DOCKER-USER")
     beside.assert_both_answer()
     # The connection to containerd was dockerd's as well: it goes on publishing.
@@ -198,6 +201,7 @@ def test_clean_leaves_dockerds_rules_as_they_are(beside: Beside) -> None:
 # Chain DOCKER
 
 
+@pytest.mark.parametrize("beside", [CHAIN], indirect=True)
 @pytest.mark.parametrize("empty", [False, True], ids=["dockerd-publishes", "dockerd-publishes-nothing"])
 def test_with_dockerds_chain_it_says_why_it_does_not_start_and_changes_nothing(beside: Beside, empty: bool) -> None:
     node, ctrport = beside.node, beside.ctrport

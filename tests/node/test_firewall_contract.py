@@ -8,13 +8,14 @@ import os
 import re
 import shlex
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from ctrport.firewall import FirewallError, Unusable
+from ctrport.firewall import FirewallError, Refused, Unusable
+from ctrport.firewall.alarm import NftAlarm
 from ctrport.firewall.door import Door
 from ctrport.firewall.iptables_legacy import LegacyTables
 from ctrport.firewall.iptables_nft import NftCommands
@@ -22,11 +23,14 @@ from ctrport.firewall.nft_table import NftTable
 from ctrport.firewall.nftables import OwnTable
 from ctrport.firewall.sets import table
 from ctrport.firewall.tables import Tables
-from ctrport.model import Family, Protocol
-from ctrport.rules import Layout, Table
+from ctrport.model import Family, Protocol, Publication
+from ctrport.nfnetlink import NfTables, Writer
+from ctrport.nlmsg import Message
+from ctrport.rules import Layout, Rule, Ruleset, Table, rules_for
 from embedded.host import Host, inside
-from tests.contract.firewall import FirewallContract, Run, Visitor
+from tests.contract.firewall import LAYOUT, FirewallContract, Run, Visitor, wanted
 from tests.contract.tables import Operator, TablesContract
+from tests.unit.worlds import active
 
 T = TypeVar("T")
 
@@ -212,6 +216,97 @@ class TestNftTable(FirewallContract):
     @pytest.fixture
     def visitor(self, host: Host, grounds: NftGrounds) -> Visitor:
         return visitor_of(host, grounds.family)
+
+    def test_what_somebody_else_has_put_there_is_not_taken_for_ours(
+        self, grounds: NftGrounds, run: Run, host: Host
+    ) -> None:
+        rules = Ruleset(wanted(grounds.family, ()))
+        its = rules_for(active("8080:80", "172.17.0.2", "fd00::2"), LAYOUT)
+        to = {Family.IPV4: "172.17.0.2", Family.IPV6: "fd00::2"}[grounds.family]
+        firewall = grounds.firewall(LAYOUT)
+
+        async def before() -> None:
+            await firewall.read()
+            await firewall.apply(firewall.plan(rules))
+
+        async def after() -> None:
+            new = [rule for rule in its if rule.family is grounds.family]
+            plan = firewall.plan_change(rules.replace((), new))
+            with pytest.raises(Refused, match="could not be written: File exists"):
+                await firewall.apply(plan)
+            await firewall.read()
+            assert firewall.plan(rules).removed == []  # nobody's
+            await firewall.apply(firewall.plan(rules))
+
+        run(before())
+        # The same port to the same place, and no word of whose it is.
+        host.run(
+            "nft", "add", "element", *table(grounds.family).split(" "), "host-ports", f"{{ tcp . 8080 : {to} . 80 }}"
+        )
+        run(after())
+
+
+@pytest.mark.parametrize("numbers_known", [True, False])
+def test_the_alarm_does_not_ring_for_changes_of_this_process(host: Host, numbers_known: bool) -> None:
+    async def work() -> None:
+        alarm = NftAlarm()
+        alarm._numbers_known = numbers_known
+        rules = Ruleset(wanted(Family.IPV4, ()))
+        firewall = OwnTable(NftTable(Family.IPV4, alarm.disregard), LAYOUT)
+        await firewall.read()
+        await firewall.apply(firewall.plan(rules))
+        for number in range(8000, 8100):
+            its = [rule for rule in rules_for(active(f"{number}:80"), LAYOUT) if rule.family is Family.IPV4]
+            await firewall.apply(firewall.plan_change(rules.replace((), its)))
+        await firewall.close()
+        process = await asyncio.create_subprocess_exec("nft", "add", "table", "ip", "other")
+        await process.wait()
+        async for writer in alarm:
+            assert writer == Writer(process.pid, "nft")
+            break
+        alarm.close()
+
+    in_namespace_of(host, work())
+
+
+def test_a_change_is_as_many_bytes_whatever_the_table_holds(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    together = NfTables.together
+
+    def counted(self: NfTables, batch: Sequence[Message]) -> None:
+        sent.append(sum(len(message.body) for message in batch))
+        together(self, batch)
+
+    def rules_of(publication: Publication) -> list[Rule]:
+        return [rule for rule in rules_for(publication, LAYOUT) if rule.family is Family.IPV4]
+
+    async def work() -> None:
+        firewall = OwnTable(NftTable(Family.IPV4), LAYOUT)
+        rules = Ruleset(wanted(Family.IPV4, ()))
+        await firewall.read()
+        await firewall.apply(firewall.plan(rules))
+        monkeypatch.setattr(NfTables, "together", counted)
+        its = rules_of(active("60000:80", name="one"))
+
+        async def come_and_go() -> list[int]:
+            sent.clear()
+            await firewall.apply(firewall.plan_change(rules.replace((), its)))
+            await firewall.apply(firewall.plan_change(rules.replace(its, ())))
+            return sent.copy()
+
+        others = [active(f"{number}:80", f"172.17.{number >> 8}.{number & 255}") for number in range(1000, 11000)]
+        await firewall.apply(firewall.plan_change(rules.replace((), rules_of(others[0]))))
+        beside_one = await come_and_go()
+        many = [rule for each in others[1:] for rule in rules_of(each)]
+        await firewall.apply(firewall.plan_change(rules.replace((), many)))
+        assert await come_and_go() == beside_one
+        assert len(beside_one) == 2
+        assert max(beside_one) < 1000
+        await firewall.read()
+        assert not firewall.plan(rules)
+        await firewall.close()
+
+    in_namespace_of(host, work())
 
 
 def test_commands_reach_the_tables_of_the_namespace_that_they_start_in(host: Host) -> None:

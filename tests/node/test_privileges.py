@@ -23,6 +23,7 @@ EXPOSURE = 2.5
 # 443 takes a socket below 1024, 9000 is another user's.
 PORTS = [("{container: web}", f"{port}:80") for port in (8080, 443, 9000)]
 NFT, LEGACY = publish(*PORTS), publish(*PORTS, settings="firewall: {backend: iptables-legacy}")
+OWN = publish(*PORTS, settings="firewall: {backend: nftables}")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def refusal(ctrport: Ctrport) -> str:
     return ctrport.messages.splitlines()[-1]
 
 
-@pytest.mark.parametrize("config", [NFT, LEGACY], ids=["nft", "legacy"])
+@pytest.mark.parametrize("config", [NFT, LEGACY, OWN], ids=["nft", "legacy", "nftables"])
 def test_what_the_unit_gives_is_enough(its: Ctrport, config: str) -> None:
     start(its, config)
     said = reasons(its)
@@ -89,6 +90,8 @@ def test_what_the_unit_gives_is_enough(its: Ctrport, config: str) -> None:
 def test_without_net_admin_there_is_no_rule(its: Ctrport) -> None:
     start(its, NFT, "net_admin")
     assert "the chain DOCKER of the table nat could not be listed" in refusal(its)
+    start(its, OWN, "net_admin")
+    assert "the table ip ctrport could not be read: Operation not permitted" in refusal(its)
 
 
 def test_without_net_bind_service_a_port_below_1024_is_not_reserved(its: Ctrport) -> None:
@@ -99,8 +102,10 @@ def test_without_net_bind_service_a_port_below_1024_is_not_reserved(its: Ctrport
 def test_without_net_raw_there_are_no_legacy_tables(its: Ctrport) -> None:
     start(its, LEGACY, "net_raw")
     assert "the table nat could not be listed: iptables-save" in refusal(its)
-    start(its, NFT, "net_raw")  # and nothing else asks for it
-    assert reasons(its)[443] == ""
+    for config in (NFT, OWN):  # and nothing else asks for it
+        start(its, config, "net_raw")
+        assert reasons(its)[443] == ""
+        its.stop()
 
 
 def test_without_sys_ptrace_no_container_can_be_looked_at(its: Ctrport) -> None:

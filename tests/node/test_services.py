@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from embedded.node import Node
 from embedded.traffic import BOTH_FAMILIES, Reply, eventually, probe_tcp, serve
 from tests.node.daemon import Ctrport, publish, wait_open
@@ -9,7 +11,15 @@ from tests.node.daemon import Ctrport, publish, wait_open
 SERVICES = {4: "10.96.0.10", 6: "fd00:96::a"}
 
 
-def test_the_address_of_a_service_is_never_answered() -> None:
+#: By backend: how what keeps mappings off the address of a Service is seen.
+SEEN = {
+    "iptables-nft": (("ip6tables-nft-save",), f"-A DOCKER -d {SERVICES[6]}/128 "),
+    "nftables": (("nft", "list", "set", "ip6", "ctrport", "services"), f"{SERVICES[6]} "),
+}
+
+
+@pytest.mark.parametrize("backend", SEEN)
+def test_the_address_of_a_service_is_never_answered(backend: str) -> None:
     with Node() as node:
         node.start_containerd()
         node.add_network("docker0", subnet6="fd00:17::/64")
@@ -20,7 +30,8 @@ def test_the_address_of_a_service_is_never_answered() -> None:
             via = node.address6 if ":" in service else node.address
             node.client.run("ip", "route", "add", service, "via", via)
         ctrport = Ctrport(node)
-        ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: web}", "10.96.0.10:8081:80")))
+        mappings = (("{container: web}", "8080:80"), ("{container: web}", "10.96.0.10:8081:80"))
+        ctrport.configure(publish(*mappings, settings=f"firewall: {{backend: {backend}}}"))
         ctrport.start()
         wait_open(node, 8080, "web")
         wait_open(node, 8080, "web", address=node.address6)
@@ -30,11 +41,11 @@ def test_the_address_of_a_service_is_never_answered() -> None:
 
         # One that comes later is left alone as soon as it is announced, and one that goes is the node's affair again.
         node.run("ip", "address", "add", f"{SERVICES[6]}/128", "dev", "kube-ipvs0", "nodad")
-        rule = f"-A DOCKER -d {SERVICES[6]}/128 "
-        eventually(lambda: rule in node.run("ip6tables-nft-save").stdout, what="the RETURN of the service")
+        command, rule = SEEN[backend]
+        eventually(lambda: rule in node.run(*command).stdout, what="the RETURN of the service")
         assert not isinstance(probe_tcp(node.client, SERVICES[6], 8080, timeout=0.5), Reply)
         node.run("ip", "address", "delete", f"{SERVICES[6]}/128", "dev", "kube-ipvs0")
-        eventually(lambda: rule not in node.run("ip6tables-nft-save").stdout, what="the RETURN being gone")
+        eventually(lambda: rule not in node.run(*command).stdout, what="the RETURN being gone")
         assert ctrport.stop() == 0
         ctrport.run("clean")
-        assert "ctrport" not in node.tables()
+        assert "ctrport" not in node.run("nft", "list", "ruleset").stdout

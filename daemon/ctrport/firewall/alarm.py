@@ -51,8 +51,11 @@ class NftAlarm:
 
     def disregard(self, writer: Writer, commits: int) -> None:
         """See ``Alarm.disregard``."""
-        self._ours.append(writer)
-        self._expected[writer.name] = commits
+        if writer in self._ours:  # this process may write several times before any of it is announced
+            self._expected[writer.name] = self._expected.get(writer.name, 0) + commits
+        else:
+            self._ours.append(writer)
+            self._expected[writer.name] = commits
 
     def close(self) -> None:
         """See ``Alarm.close``."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Container, Iterable
 
 from ..model import Family
 from ..rules import ACCEPTED_OWNER, Layout
 from . import Firewall
 from .alarm import Alarm
-from .detect import families, legacy_tables, own_tables
+from .detect import families, legacy_tables, may_have_iptables_nft, own_tables
 from .door import Door
 from .iptables_legacy import LegacyTables
 from .iptables_nft import NftCommands
@@ -40,7 +39,7 @@ async def others_than(backend: str, its: Layout) -> list[Firewall]:
     # The one rule that our own table has in FORWARD is not theirs.
     spared = (ACCEPTED_OWNER,) if backend == OwnTable.name else ()
     found: list[Firewall] = []
-    if backend != NftCommands.name and shutil.which("iptables-nft-save") is not None:
+    if backend != NftCommands.name and may_have_iptables_nft():
         found += [Tables(NftCommands(family), its, spared) for family in await families(NftCommands.name)]
     if backend != LegacyTables.name:
         found += _existing_legacy(its, spared)
@@ -50,8 +49,10 @@ async def others_than(backend: str, its: Layout) -> list[Firewall]:
 async def every_firewall() -> list[Firewall]:
     """Return what takes rules of ours away, from all tables that may hold some. Makes no table."""
     its = Layout()
-    commands: list[Firewall] = [*(await firewalls(its, NftCommands.name)).values()]
-    return [*_existing_own(its), *commands, *_existing_legacy(its)]
+    found = _existing_own(its)
+    if may_have_iptables_nft() or not found:  # which says what is missing
+        found += (await firewalls(its, NftCommands.name)).values()
+    return [*found, *_existing_legacy(its)]
 
 
 def _own_table(family: Family, its: Layout, announce: Announce = lambda *_: None) -> OwnTable:

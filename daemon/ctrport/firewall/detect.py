@@ -91,11 +91,23 @@ def legacy_tables(family: Family) -> set[str]:
 
 def own_tables() -> tuple[Family, ...]:
     """Return the families in which there is a table of our name in nf_tables, whosever it is."""
+    return tuple(family for family in Family if _has_table(family, TABLE))
+
+
+def may_have_iptables_nft() -> bool:
+    """Whether iptables-nft is installed, or there are tables that it may have written."""
+    names = ("nat", "filter", "raw")
+    return shutil.which("iptables-nft-save") is not None or any(
+        _has_table(family, name) for family in Family for name in names
+    )
+
+
+def _has_table(family: Family, name: str) -> bool:
     try:
         with contextlib.closing(NfTables()) as tables:
-            return tuple(family for family in Family if tables.has_table(_DOMAINS[family], TABLE))
+            return tables.has_table(_DOMAINS[family], name)
     except OSError:
-        return ()  # there are no tables at all
+        return False  # there is no nf_tables, or not for that family
 
 
 _DOMAINS = {Family.IPV4: socket.AF_INET, Family.IPV6: socket.AF_INET6}

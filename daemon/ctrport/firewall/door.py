@@ -3,7 +3,7 @@
 What is dropped in one table is dropped, whatever another has said. So where FORWARD may drop what is published it gets
 one rule of ours, which lets through what bears the mark of ``rules.ACCEPTED_MARK``: our table's own chain of forwarded
 packets sets it just before FORWARD is asked, and another takes it off just behind. Where FORWARD lets all through, it
-gets nothing.
+gets nothing. The chain DOCKER-USER is asked before, where somebody has put that on top.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import replace
 
-from ..rules import ACCEPTED_OWNER, Layout, Rule, Table, accepted
+from ..rules import ACCEPTED_OWNER, USER_CHAIN, Jump, Layout, Match, Place, Rule, Table, accepted
 from .drift import Drift, drift
-from .plan import NEIGHBOURS, Line, Plan, plan_all
+from .plan import NEIGHBOURS, Add, Block, Line, Op, Plan, Remove, plan_all
 from .tables import Kernel
 from .text import tag
 
@@ -29,6 +29,8 @@ class Door:
     def __init__(self, kernel: Kernel, layout: Layout) -> None:
         self._kernel = kernel
         self._rule = accepted(layout, kernel.family)
+        # Somebody else's, and never written: it says where that stands, and is to stand.
+        self._user = Rule(kernel.family, *_FORWARD, Match(), Jump(USER_CHAIN), "user", place=Place.FIRST)
         self._lines: list[Line] = []
         self._needed = False
         self._opened = False  # whether our rule was there, and was to be there, when it was written last
@@ -49,7 +51,17 @@ class Door:
     def plan(self, *, closing: bool = False) -> Plan:
         """Return what opens it where that is needed and closes it where it is not; where ``closing``, closes it."""
         wanted = [self._rule] if self._needed and not closing else []
-        return plan_all(wanted, {_FORWARD: self._lines}, tag)
+        lines, before = self._lines, list[Rule]()
+        ours = [line for line in lines if line.tag is not None]
+        theirs = [line for line in lines if line.tag is None]
+        if theirs and theirs[0].target == USER_CHAIN:
+            if wanted and lines[0] in ours:  # it came on top when ours was there: not it is moved, but ours
+                moved: tuple[Op, ...] = (*(Remove(_FORWARD[1], line) for line in ours), Add(self._rule, 2))
+                return Plan((Block(_FORWARD[0], moved),))
+            at = lines.index(theirs[0])
+            lines = [*lines[:at], replace(lines[at], tag=tag(self._user)), *lines[at + 1 :]]
+            before = [self._user]
+        return plan_all([*before, *wanted], {_FORWARD: lines}, tag)
 
     def opens(self, plan: Plan) -> bool:
         """Whether a plan of this is to be written before anything is let through, and not behind that."""

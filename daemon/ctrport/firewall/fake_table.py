@@ -56,6 +56,10 @@ class MemoryTable:
         there = self.content.elements if self.content is not None else set[Element]()
         return [(one.comment, self.counted.get(one, Count())) for one in sorted(there) if one.set in names]
 
+    async def dropping(self) -> list[str]:
+        """See ``TableKernel.dropping``: nobody else is here."""
+        return []
+
     async def load(self, text: str) -> None:
         """See ``TableKernel.load``."""
         self._commit([line.split(" ", 5) for line in text.splitlines()])

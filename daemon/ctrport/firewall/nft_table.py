@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..model import Count, Family
-from ..nfnetlink import Writer
+from ..nfnetlink import NfTables, Writer
 from ..nlmsg import Interrupted, Rejected
 from ..programs import Ready
 from . import FirewallError, Refused, Unusable
 from .commands import TIMEOUT, errors, failure
+from .foreign import dropping
 from .sets import Element, Set, table
 from .standing import Standing
 from .tablelink import TableLink
@@ -39,6 +40,7 @@ class NftTable:
         self.family = family
         self._announce = announce
         self._kept: TableLink | None = None
+        self._me: Writer | None = None
         self._nft = Ready("nft", "--file", "-")
 
     async def read(self, standing: Standing) -> Held | None:
@@ -50,6 +52,11 @@ class NftTable:
         """See ``TableKernel.counts``."""
         with self._errors("read"):
             return list(self._link.counts(maps))
+
+    async def dropping(self) -> list[str]:
+        """See ``TableKernel.dropping``."""
+        with self._errors("read"), contextlib.closing(NfTables()) as tables:
+            return [str(each) for each in dropping(tables, self.family)]
 
     async def load(self, text: str) -> None:
         """See ``TableKernel.load``."""
@@ -91,8 +98,10 @@ class NftTable:
 
     def _say_who_writes(self) -> None:
         """Tell the alarm that the next commit is this thread's, as the kernel will call it."""
-        name = Path("/proc/thread-self/comm").read_text().rstrip("\n")
-        self._announce(Writer(threading.get_native_id(), name), 1)
+        if self._me is None or self._me.pid != threading.get_native_id():
+            name = Path("/proc/thread-self/comm").read_text().rstrip("\n")
+            self._me = Writer(threading.get_native_id(), name)
+        self._announce(self._me, 1)
 
     @contextlib.contextmanager
     def _errors(self, done: str) -> Iterator[None]:

@@ -34,6 +34,10 @@ class TableKernel(Protocol):
         """Return what the table of our name holds, as far as it may be ours; None where there is none."""
         ...
 
+    async def dropping(self) -> list[str]:
+        """Return what is to be said of chains of others that may drop what is let through."""
+        ...
+
     async def counts(self, maps: Sequence[Set]) -> list[tuple[str, Count]]:
         """Return the comment of each element of these maps, and what it counted."""
         ...
@@ -74,6 +78,7 @@ class OwnTable:
         self._known = False
         self._held: Held | None = None
         self._asked: Asked | None = None
+        self._dropping: tuple[str, ...] = ()
         self.warnings: tuple[str, ...] = ()
 
     async def read(self, *, words: bool = True) -> None:
@@ -91,7 +96,9 @@ class OwnTable:
                 await door.look()
             except FirewallError as error:
                 said.append(f"whether FORWARD of {door.name} drops what is published cannot be told: {error}")
-        self.warnings = tuple(said)
+        with contextlib.suppress(FirewallError):  # what was known of others stands
+            self._dropping = tuple(await self._kernel.dropping())
+        self.warnings = (*said, *self._dropping)
         self._held, self._known, self._asked = held, True, None
 
     @property

@@ -241,7 +241,7 @@ def _mended(standing: Standing, held: Held | None) -> tuple[tuple[str, ...], boo
     if held is None:
         return standing.script, False, (f"the table {name}",)
     expected = {one.name: HeldSet.of(one, family) for one in standing.sets}
-    others = [name for name, its in expected.items() if held.sets.get(name, its) != its]
+    others = [one for one, its in expected.items() if held.sets.get(one, its) != its]
     if others or any(_is_elsewhere(chain.hook, held.chains.get(chain.name)) for chain in standing.chains):
         anew = (f"add table {name}", f"delete table {name}", *standing.script)
         return anew, True, (f"the table {name}",)
