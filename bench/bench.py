@@ -13,11 +13,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import layouts, rows
-from bench.ground import CONTAINER_PORT, Interrupts, Unmeasured, absent, context, failing
+from bench.ground import CONTAINER_PORT, Interrupts, Unmeasured, absent, answers, context, failing
 from bench.peers import Docker, Portmap
 from bench.plots import plots
 from bench.rows import Figures, Row, missed, verdicts
@@ -25,7 +25,7 @@ from bench.subjects import ONE, Ctrport, Subject, Took, Wish
 from bench.table import conclusion, markdown, table
 from bench.traffic import Client, Server
 from embedded.dockerd import DockerContainer
-from embedded.host import Place
+from embedded.host import Place, end_process
 from embedded.node import Node
 
 
@@ -37,12 +37,15 @@ class Work:
     seconds: float = 60.0
     ranges: tuple[int, ...] = (10, 100, 1000)
     beside: tuple[int, ...] = (10, 1000, 10_000)
+    kept: int = 1000  # of the ranges, that which the peers publish once and keep
     turn: float = 0.25
     idle: float = 15.0
 
 
 WHOLE = Work()
-SHORT = Work(rounds=2, seconds=10.0, ranges=(10,), beside=(10, 100), turn=0.05, idle=1.0)
+SHORT = Work(rounds=1, seconds=5.0, ranges=(3,), beside=(2, 3), kept=3, turn=0.02, idle=0.2)
+#: Seconds after which everything is done once and no more: all of it is to take ten minutes.
+LATE = 450.0
 #: More mappings than this are not asked of legacy tables, which would take a minute.
 MOST_LEGACY = 1000
 #: The first of the ports of ranges, of those onto other ports, and of those that are beside.
@@ -61,8 +64,8 @@ class Measurement:
         self.ours = [opened.enter_context(Ctrport(name.partition(", ")[2])) for name in rows.OURS]
         self.portmap, self.docker = opened.enter_context(Portmap()), opened.enter_context(Docker())
         self.subjects: tuple[Subject, ...] = (*self.ours, self.portmap, self.docker)
-        self._docker_many: DockerContainer | None = None
-        self._written: dict[str, int] = {}  # how many mappings a peer has, or seems to have
+        self._docker_many: tuple[DockerContainer, Wish]
+        self._written = 0  # how many mappings the peers have, or seem to have, beside the range that is kept
 
     def measure(self) -> None:
         """Measure everything."""
@@ -114,7 +117,8 @@ class Measurement:
                 for ours in self.ours:
                     added, _ = ours.publish(self._shifted(count), f"shifted-{count}")
                     self._add(rows.of_shifted(count), ours.name, added)
-            # Peers take half a minute for a thousand: once is enough.
+            if count == self._work.kept:
+                continue  # peers take half a minute, and as long to remove it: see _peers_have()
             for peer in self.subjects[len(self.ours) :]:
                 for _ in self._turns(f"a range of {count} by {peer.name}", 1 if count >= 100 else 3, 10):
                     added, _ = peer.publish(self._range(count))
@@ -182,31 +186,38 @@ class Measurement:
                 opened.callback(ours.node.delete, container)
                 served.append(ours)
                 targets.append(Target(ours.name, ours.node, container, many))
-            self._say(f"{count} mappings: the peers")
-            targets.append(Target(self.docker.name, self.docker.node, *self._docker_has(count)))
-            self._portmap_has(count)
+            targets.append(self._peers_have(count))
             if count > 1:
                 self._one_more(count, [*served, self.portmap, self.docker])
             if count != self._work.beside[0]:
                 self._traffic(count, targets)
 
-    def _docker_has(self, count: int) -> tuple[DockerContainer, Wish]:
-        """Have so many ports published by dockerd: the first by itself, the others in its form."""
-        if self._docker_many is None:
-            self._docker_many = self.docker.run("many", Wish(MANY, MANY))
-        layouts.like_docker(self.docker.node, self._docker_many.address, MANY, self._new(self.docker.name, count))
-        return self._docker_many, Wish(MANY, MANY, count)
+    def _peers_have(self, count: int) -> Target:
+        """Have so many ports published by the peers; return where traffic goes to of dockerd's.
 
-    def _portmap_has(self, count: int) -> None:
-        """Have so many ports published by portmap: the first by itself, the others in its form."""
-        if self.portmap.name not in self._written:
+        The first by themselves, and the range that is kept, which is measured; what is more is written in their form.
+        """
+        if not self._written:
+            self._say("the peers: one port")
             self.portmap.add(self.portmap.container("many"), Wish(MANY, CONTAINER_PORT))
-        layouts.like_portmap(self.portmap.node, MANY, self._new(self.portmap.name, count))
-
-    def _new(self, peer: str, count: int) -> range:
-        """Return the ports that are to be written for a peer so that it has so many, and take them for written."""
-        before, self._written[peer] = self._written.get(peer, 1), count
-        return range(MANY + before, MANY + count)
+            self._docker_many = self.docker.run("many", Wish(MANY, MANY)), Wish(MANY, MANY)
+            self._written = 1
+        if count == self._work.kept:
+            self._say(f"the peers: a range of {count}, by portmap")
+            wish = self._range(count)
+            self._add(rows.of_range(count), self.portmap.name, self.portmap.add(self.portmap.container("range"), wish))
+            self._say(f"the peers: a range of {count}, by dockerd")
+            container, added = self.docker.keep("range", wish)
+            self._add(rows.of_range(count), self.docker.name, added)
+            return Target(self.docker.name, self.docker.node, container, wish)
+        container, wish = self._docker_many
+        if count > self._written:
+            self._say(f"the peers: {count - self._written} mappings in their form")
+            ports = range(MANY + self._written, MANY + count)
+            layouts.like_docker(self.docker.node, container.address, MANY, ports)
+            layouts.like_portmap(self.portmap.node, MANY, ports)
+            self._written = count
+        return Target(self.docker.name, self.docker.node, container, replace(wish, count=count))
 
     def _one_more(self, count: int, subjects: Sequence[Subject]) -> None:
         done = dict.fromkeys((subject.name for subject in subjects), 0.0)
@@ -244,23 +255,30 @@ class Measurement:
                             self.figures.add(rows.throughput(count, place), target.name, figure)
 
     def _proxy(self) -> None:
-        """Measure what goes through Docker's userland proxy, and what one a port and family takes."""
+        """Measure what goes through Docker's userland proxy, and what one for each port and family takes."""
+        container = self.docker.run("proxied", None)
+        proxy = self.docker.proxy(container, RANGE)
+        with Client(self.docker.node.client) as client:
+            with Server(container, RANGE):
+                answers(self.docker.node, RANGE)
+                for _ in self._turns("connections through the proxy", 12, self._work.seconds / 10):
+                    figure = client.connections(self.docker.node.address, RANGE, self._work.turn)
+                    self.figures.add(rows.connections(1, rows.PLACES[0]), rows.PROXY, figure)
+            with Server(container, RANGE, reads=True):
+                answers(self.docker.node, RANGE)
+                for _ in self._turns("throughput through the proxy", 4, self._work.seconds / 10):
+                    figure = client.megabits(self.docker.node.address, RANGE, self._work.turn)
+                    self.figures.add(rows.throughput(1, rows.PLACES[0]), rows.PROXY, figure)
+        end_process(proxy)
+        count = 100 if self._work is WHOLE else 5
+        self._say(f"dockerd with its proxy, {count} ports")
         self.docker.stop()
         self.docker.start(proxy=True)
-        container = self.docker.run("proxied", Wish(RANGE, RANGE, 100 if self._work is WHOLE else 5))
-        proxies = self.docker.usage.proxies()
-        self.figures.add(rows.PROXIES, rows.PROXY, sum(proxies.values()))
-        # Who comes from the node itself goes through it, as the LAN's connections are translated.
-        node = self.docker.node
-        with Client(node) as client:
-            with Server(container, RANGE):
-                for _ in self._turns("connections through the proxy", 12, self._work.seconds / 10):
-                    figure = client.connections("127.0.0.1", RANGE, self._work.turn)
-                    self.figures.add(rows.connections(1, "first"), rows.PROXY, figure)
-            with Server(container, RANGE, reads=True):
-                for _ in self._turns("throughput through the proxy", 4, self._work.seconds / 10):
-                    figure = client.megabits("127.0.0.1", RANGE, self._work.turn)
-                    self.figures.add(rows.throughput(1, "first"), rows.PROXY, figure)
+        for row, wish in ((rows.ONE, ONE), (rows.of_range(count), self._range(count))):
+            added, _ = self.docker.publish(wish)
+            self._add(row, rows.PROXY, added)
+        self.docker.run("hundred", self._range(count))
+        self.figures.add(rows.PROXIES, rows.PROXY, self.docker.usage.programs())
 
     # What all of them need
 
@@ -275,6 +293,8 @@ class Measurement:
         """Yield the numbers of rounds: so many at the most, and none that begins after so many seconds."""
         most = max(1, min(most, self._work.rounds))
         began = time.monotonic()
+        if began - self._began > LATE:
+            most = 1
         for number in range(most):
             self._interrupts.check()
             if number and time.monotonic() - began > seconds:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ctrport.scheduling import ask_for_short_turns
 from embedded.host import Host, inside
 from embedded.wait import eventually
 
@@ -83,12 +84,18 @@ class Commits:
 
         return eventually(found, within=5, what=f"a commit by {' or '.join(sorted(writers))}")[-1].at
 
+    def first(self, writers: Collection[str], since: int) -> int:
+        """Return when the first commit of these writers since a time was heard of. Raises ``AssertionError``."""
+        what = f"a commit by {' or '.join(sorted(writers))}"
+        return eventually(lambda: self._of(writers, since), within=5, what=what)[0].at
+
     def _of(self, writers: Collection[str], since: int) -> list[Commit]:
         if self._failed is not None:
             raise self._failed
         return [commit for commit in tuple(self._seen) if commit.at >= since and commit.writer in writers]
 
     def _listen(self) -> None:
+        ask_for_short_turns()  # for this thread alone, so that what is heard is not late
         while not self._end.is_set():
             try:
                 data = self._socket.recv(1 << 16)
