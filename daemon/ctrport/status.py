@@ -60,7 +60,7 @@ class PublicationStatus:
     @cached_property
     def json(self) -> str:
         """It as one JSON object, in one line."""
-        return json.dumps(asdict(self))
+        return json.dumps({field.name: getattr(self, field.name) for field in fields(self)})
 
     @classmethod
     def of(cls, publication: Publication, since: str) -> PublicationStatus:
