@@ -401,6 +401,8 @@ class Publication:
     bound: Mapping | None = None
     access: Access = Access()
     place: int = 0
+    # No part of its value, but worked out of that once: see ``owners.owner_of``.
+    owner: str | None = field(default=None, init=False, compare=False, repr=False)
 
     @property
     def mapping(self) -> Mapping:

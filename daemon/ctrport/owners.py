@@ -61,7 +61,11 @@ class Owner:
 
 def owner_of(publication: Publication) -> str:
     """Return the words that name a publication in the comment of its rules."""
-    return str(Owner.of(publication))
+    # Kept with it: it goes by them from the reservation of its ports to its rules and what is told of it.
+    if publication.owner is None:
+        object.__setattr__(publication, "owner", str(Owner.of(publication)))
+    assert publication.owner is not None
+    return publication.owner
 
 
 @dataclass(frozen=True)

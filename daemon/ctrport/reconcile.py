@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 TICK = 10.0
 #: Every so many ticks everything is listed again, and the kernel is read.
 TICKS_TO_RESYNC = 6
+#: Or seldomer, as far as this: where there is much, so that it takes a twentieth of a percent of the time and no more.
+MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.005
 #: Transactions that are written as soon as there is something to write, and the seconds that each one more takes when
 #: these are used up: a flood of events is written in few transactions, a single event at once.
 BURST, INTERVAL = 10, 0.25
@@ -311,7 +313,7 @@ class Reconciler:
         await self._dataplane.sweep()
         await self._dataplane.prepare()
         gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
-        ticks, next_tick = 0, time.monotonic() + TICK
+        ticks, next_tick = TICKS_TO_RESYNC, time.monotonic() + TICK
         while not reader.done():
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
             if self._next_config is not None:
@@ -326,10 +328,12 @@ class Reconciler:
                 with self._turn("event"):
                     await self._look()
             elif time.monotonic() >= next_tick:
-                ticks, next_tick = ticks + 1, time.monotonic() + TICK
-                everything = ticks % TICKS_TO_RESYNC == 0
-                with self._turn("resync" if everything else "tick"):
-                    await self._tick(everything)
+                ticks, next_tick = ticks - 1, time.monotonic() + TICK
+                began = _cpu()
+                with self._turn("tick" if ticks else "resync"):
+                    await self._tick(everything=ticks == 0)
+                if not ticks:
+                    ticks = ticks_to_resync(_cpu() - began)
             elif time.monotonic() >= self._due_at():
                 with self._turn("drift" if self._dataplane.in_line else "retry"):
                     await self._settle(mend=True)
@@ -561,6 +565,11 @@ class Reconciler:
     def config(self) -> Config:
         """The configuration in use."""
         return self._survey.config
+
+
+def ticks_to_resync(took: float) -> int:
+    """Return after how many ticks to look at everything again, where that took so many seconds of processor time."""
+    return max(TICKS_TO_RESYNC, min(MOST_TICKS_TO_RESYNC, math.ceil(took / RESYNC_IN_TICK)))
 
 
 def _cpu() -> float:

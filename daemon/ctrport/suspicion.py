@@ -15,7 +15,7 @@ from .pace import Budget
 #: dockerd is a hundred commits.
 PATIENCE, PATIENCE_WITH_MANY = 0.01, 0.1
 #: How much of the time looking may take, and how many seconds of it may be taken ahead.
-SHARE, AHEAD = 0.01, 1.0
+SHARE, AHEAD = 0.01, 0.3
 #: How many writers are remembered by name.
 NAMED = 4
 
