@@ -350,6 +350,7 @@ def prefix(address: str, length: int) -> dict[str, Any]:
 
 
 DPORT, SADDR = payload("tcp", "dport"), payload("ip", "saddr")
+PAIR = {"concat": [payload("ip", "daddr"), DPORT]}
 SETS: dict[str, Any] = {
     "hosts": {"type": "ipv4_addr", "elem": [CLIENT, prefix("10.0.0.0", 8), {"range": ["172.17.0.2", "172.17.0.9"]}]},
     "ports": {"type": "inet_service", "elem": [{"elem": {"val": 99, "timeout": 300}}, {"range": [8000, 8090]}]},
@@ -405,6 +406,8 @@ SETS: dict[str, Any] = {
         (payload("tcp", "sport"), "==", {"set": [22, 80]}, FIRST, False),
         (payload("tcp", "sport"), "==", {"range": [1024, 65535]}, FIRST, True),
         ({"concat": [payload("ip", "daddr"), DPORT]}, "==", "@pairs", FIRST, True),
+        (PAIR, "==", {"set": [{"concat": [NODE]}, {"concat": [NODE, 8080]}]}, FIRST, True),
+        (PAIR, "==", {"set": [{"concat": [NODE]}, {"concat": [NODE, 80]}]}, FIRST, None),
         ({"concat": [payload("ip", "daddr"), DPORT]}, "==", {"set": [{"concat": [NODE]}]}, FIRST, None),  # nft lost one
         ({"concat": [payload("ip", "daddr"), DPORT]}, "==", {"concat": [NODE, 8080]}, FIRST, None),
         (meta("l4proto"), "==", "tcp", FIRST, True),

@@ -592,6 +592,15 @@ def test_two_doubts_that_fail_alike_are_a_failure() -> None:
     assert World(text).explain().outcome == "fails"
 
 
+def test_a_mark_that_the_first_answer_leaves_meets_the_second() -> None:
+    text = with_rule("filter", "-A FORWARD -i docker0 -m connmark --mark 0x1 -j DROP", first=True)
+    text += "*mangle\n:POSTROUTING ACCEPT [0:0]\n"
+    text += "-A POSTROUTING -m conntrack --ctdir REPLY -j CONNMARK --set-xmark 0x1/0x1\n"
+    said = World(f"{text}COMMIT\n").explain()
+    assert said.cause == "answer-dropped"
+    assert "-m connmark --mark 0x1 -j DROP" in said.sentence
+
+
 def test_flows_that_go_elsewhere_are_told_and_others_not() -> None:
     world = World()
     flows = [
