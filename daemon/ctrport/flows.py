@@ -10,6 +10,7 @@ from .conntrack import Closed, ConntrackError, Opened
 from .model import Address, Publication
 from .owners import Owner
 from .tally import Tally
+from .tasks import end
 
 #: How many mappings are remembered whose flows could not be looked at, to be tried again.
 MOST_STALE = 1000
@@ -52,8 +53,7 @@ class StaleFlows:
     async def close(self) -> None:
         """Break off what is being removed."""
         if self._dropping is not None:
-            self._dropping.cancel()
-            await asyncio.gather(self._dropping, return_exceptions=True)
+            await end(self._dropping)
 
     async def _drop(self, node: Callable[[], frozenset[Address]]) -> None:
         while self._stale:

@@ -37,6 +37,7 @@ from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
 from .taskevents import AHEAD, TOPICS, TaskEvent
+from .tasks import end, through
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,13 @@ class Reconciler:
             self._table_watch = asyncio.create_task(self._watch_tables(self._ground.alarm))
             await self._run()
         finally:
-            await _end(node_watch)
-            await self._leave_ground()
+            # Not to be broken off: the event loop cannot end while a program that was being started is left behind
+            # (https://github.com/python/cpython/issues/125502).
+            await through(self._leave(node_watch))
+
+    async def _leave(self, node_watch: asyncio.Task[None]) -> None:
+        await end(node_watch)
+        await self._leave_ground()
 
     async def at_rest(self) -> None:
         """Wait until what is known is decided and written, or could not be: ``status`` then is not half of a change."""
@@ -170,7 +176,7 @@ class Reconciler:
 
     async def _leave_ground(self) -> None:
         if self._table_watch is not None:
-            await _end(self._table_watch)
+            await end(self._table_watch)
         await self._ground.close()
 
     @property
@@ -576,8 +582,3 @@ def _cpu() -> float:
     """Return the seconds of processor time that the daemon has taken, with the programs that it ran."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
