@@ -101,6 +101,10 @@ class Pods:
                 homes.pop(_home(running), None)
         return touched
 
+    def seen(self, key: ContainerKey) -> Running | None:
+        """Return a container as it was last seen, None where it is not known to run."""
+        return self._running.get(key)
+
     def process(self, key: ContainerKey) -> tuple[int, int] | None:
         """Return the process of a container that runs, and when that started; None where it is not known to run."""
         running = self._running.get(key)

@@ -223,9 +223,16 @@ class Survey:
             if listed is not None and listed.pid is None:
                 continue  # whether it runs is not known: what was known stands
             running = None if listed is None else _running(listed)
+            if running is not None and running == self._pods.seen(key) and self._is_settled(key):
+                continue  # as it was: of a thousand that are listed again, most are
             touched |= self._pods.forget(key) if running is None else self._pods.see(running)
         self._judge(touched)
         self._early.clear()
+
+    def _is_settled(self, key: ContainerKey) -> bool:
+        """Whether where a container is reached is known, and there is no cause to doubt it."""
+        known = self.publications.candidate(key)
+        return known is not None and isinstance(known.endpoint, Endpoint) and key not in self._early
 
     def _judge(self, keys: Iterable[ContainerKey]) -> None:
         """Tell the publications what is now known of what is published under ``keys``."""

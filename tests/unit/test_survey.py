@@ -14,7 +14,7 @@ from ctrport import config, endpoints, nodeports, ports
 from ctrport.containerd import Listed
 from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
-from ctrport.model import Attachment, ContainerKey, Endpoint, Family, Holder
+from ctrport.model import Attachment, Candidate, ContainerKey, Endpoint, Family, Holder
 from ctrport.survey import Survey
 
 WEB = ContainerKey("default", "web")
@@ -142,6 +142,24 @@ def test_what_was_foreseen_and_containerd_does_not_confirm_is_taken_back(monkeyp
     world.survey._containerd = containerd
     asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
     assert world.addresses() == []
+
+
+def test_what_is_listed_again_as_it_was_is_not_looked_at_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    told: list[ContainerKey] = []
+    update = world.survey.publications.update
+
+    def telling(key: ContainerKey, candidate: Candidate | None) -> None:
+        told.append(key)
+        update(key, candidate)
+
+    monkeypatch.setattr(world.survey.publications, "update", telling)
+    for _ in range(3):
+        asyncio.run(world.survey.look({WEB: None}))
+    assert told == [WEB]
+    monkeypatch.setattr(world.survey.publications, "candidate", lambda key: None)  # it is not known where it is
+    asyncio.run(world.survey.look({WEB: None}))
+    assert told == [WEB, WEB]
 
 
 def test_a_container_whose_process_is_gone_is_withdrawn_before_containerd_has_said_so(
