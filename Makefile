@@ -69,7 +69,7 @@ lint: $(READY)  ## Check style, types, import contracts and generated code
 	$(BIN)/python bin/generate-reference --check
 
 unit: $(READY)  ## Run the tests without I/O, and see that they cover the core
-	$(BIN)/coverage run -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit --numprocesses 2 --cov --cov-report=
 	$(BIN)/coverage report --include="$$($(BIN)/python bin/core-files)" --skip-covered --fail-under=$(CORE_COVERAGE)
 
 node: tools $(READY)  ## Run the tests with a real containerd, a real kernel and real packets (as root)
