@@ -6,14 +6,16 @@ The time is read where the announcement is received, so it includes waking this 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ctrport.scheduling import ask_for_short_turns
 from embedded.host import Host, inside
 from embedded.wait import eventually
 
@@ -24,8 +26,9 @@ _NEWGEN = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
 _GEN_PROC_NAME = 3  # linux/netfilter/nf_tables.h: NFTA_GEN_PROC_NAME
 _SO_RCVBUFFORCE = 33  # asm-generic/socket.h; past the machine's limit, as a full buffer would lose a commit
 _BUFFER = 4 << 20
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 #: Seconds without a commit after which a writer's last one is known to be its last.
-QUIET = 0.03
+QUIET = 0.15
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,43 @@ class Commits:
         self._thread.join()
         self._socket.close()
 
-    def last(self, writer: str, since: int) -> Commit:
-        """Return a writer's last commit since that time, once it is quiet. Raises ``AssertionError`` without one."""
+    def last(self, writers: Collection[str], since: int) -> int:
+        """Return when the last commit of these writers since a time was heard of, once it is quiet.
 
-        def found() -> Commit | None:
-            if self._failed is not None:
-                raise self._failed
-            commits = [commit for commit in tuple(self._seen) if commit.at >= since and commit.writer == writer]
-            return commits[-1] if commits and time.time_ns() - commits[-1].at > QUIET * 1e9 else None
+        Raises ``AssertionError`` without one.
+        """
 
-        commit = eventually(found, within=5, what=f"a commit by {writer}")
-        assert commit is not None
-        return commit
+        def found() -> int | None:
+            commits = self._of(writers, since)
+            return commits[-1].at if commits and time.time_ns() - commits[-1].at > QUIET * 1e9 else None
+
+        last = eventually(found, within=30, what=f"a commit by {' or '.join(sorted(writers))}")
+        assert last is not None
+        return last
+
+    def last_until(self, writers: Collection[str], since: int, until: int) -> int:
+        """Return when the last commit of these writers was heard of between two times, the second of which is past.
+
+        Raises ``AssertionError`` without one.
+        """
+
+        def found() -> list[Commit]:
+            return [commit for commit in self._of(writers, since) if commit.at <= until]
+
+        return eventually(found, within=5, what=f"a commit by {' or '.join(sorted(writers))}")[-1].at
+
+    def first(self, writers: Collection[str], since: int) -> int:
+        """Return when the first commit of these writers since a time was heard of. Raises ``AssertionError``."""
+        what = f"a commit by {' or '.join(sorted(writers))}"
+        return eventually(lambda: self._of(writers, since), within=5, what=what)[0].at
+
+    def _of(self, writers: Collection[str], since: int) -> list[Commit]:
+        if self._failed is not None:
+            raise self._failed
+        return [commit for commit in tuple(self._seen) if commit.at >= since and commit.writer in writers]
 
     def _listen(self) -> None:
+        ask_for_short_turns()  # for this thread alone, so that what is heard is not late
         while not self._end.is_set():
             try:
                 data = self._socket.recv(1 << 16)
@@ -86,6 +112,10 @@ def listening() -> socket.socket:
     """Return a socket that is told of each commit in the network namespace that it was made in: see ``writers``."""
     listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
     try:
+        # The changes themselves are announced too, tens of thousands at times: the kernel is to keep them.
+        program = ctypes.create_string_buffer(_ONLY_NEWGEN)
+        count = len(_ONLY_NEWGEN) // 8
+        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(program)))
         listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         listening.bind((0, 0))
         listening.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
@@ -93,6 +123,19 @@ def listening() -> socket.socket:
         listening.close()
         raise
     return listening
+
+
+# Classic BPF (linux/filter.h): load the kind of the message, two bytes at 4; take it whole where it is NEWGEN. BPF
+# reads numbers as big endian, whatever they are.
+_ONLY_NEWGEN = b"".join(
+    struct.pack("=HBBI", *instruction)
+    for instruction in (
+        (0x28, 0, 0, 4),
+        (0x15, 0, 1, int.from_bytes(struct.pack("=H", _NEWGEN), "big")),
+        (0x06, 0, 0, 0xFFFFFFFF),
+        (0x06, 0, 0, 0),
+    )
+)
 
 
 def writers(data: bytes) -> Iterator[str]:

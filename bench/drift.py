@@ -17,8 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.bench import SERVER, Unmeasured, context, failing
 from bench.commits import Commits
+from bench.ground import SERVER, Unmeasured, context, failing
 from demo.demo import Daemon
 from demo.measure import Knocking
 from embedded.node import Node, missing
@@ -99,7 +99,7 @@ def _flushed(node: Node, commits: Commits, *command: str) -> float:
     with Knocking(node.client, node.address, FIRST) as knocking:
         assert knocking.answered.wait(10), "the port stayed closed"
     assert knocking.opened is not None
-    gone = commits.last(command[0], began).at
+    gone = commits.last({command[0][:15]}, began)
     _answers(node)
     return knocking.opened.timestamp() * 1e3 - gone / 1e6
 

@@ -1,0 +1,159 @@
+"""The daemon, looked at every fraction of a millisecond while an event of a container's start is on its way.
+
+    python -m bench.sampled FILE run --config ...
+
+Where it waits, it is said what for: a look is at the loop that follows the events (its chain of awaits), and at what
+runs meanwhile. What was seen is in FILE when the daemon has ended: a JSON object with the number of ``ways`` and, by
+stack, outermost first, the milliseconds that all of them together were there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import json
+import selectors
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NoReturn
+
+from ctrport import cli, containerd, taskevents
+from ctrport.api import events_pb2
+from ctrport.dataplane import Dataplane
+from ctrport.reconcile import Reconciler
+
+#: Seconds between two looks. Each wakes the event loop, so that the way gets some percent longer.
+INTERVAL = 0.001
+#: What else than code is on the stacks.
+BEFORE = "the event is on its way: shim, containerd, gRPC"
+WAITING, MEANWHILE = "(waiting)", "(meanwhile)"
+
+Stack = tuple[CodeType | str, ...]
+
+
+class Sampler:
+    """Sums up where the daemon is while an event is on its way, and writes it to ``path`` at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._task: asyncio.Task[Any] | None = None  # the one that follows the events
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._began: float | None = None  # of the way that is being looked at
+        self._last = 0.0
+        self._seen: dict[Stack, float] = {}  # of that way, in seconds
+        self._total: dict[Stack, float] = {}
+        self._ways = 0
+
+    def start(self) -> None:
+        """Begin to look at the current task."""
+        self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
+        signal.signal(signal.SIGALRM, self._look)
+        signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
+
+    def begin(self, announced: float) -> None:
+        """Take in that an event has come, which was made at that time since the epoch."""
+        self._began = None  # so that no look comes in between
+        self._seen = {(BEFORE,): time.time() - announced}
+        self._began = self._last = time.monotonic()
+
+    def end(self) -> None:
+        """Take in that the kernel holds what the event led to."""
+        began, self._began = self._began, None  # so that no look comes in between
+        if began is not None:
+            self._add(self._seen, self._stack(sys._getframe(1)), time.monotonic() - self._last)
+            for stack, seconds in self._seen.items():
+                self._add(self._total, stack, seconds)
+            self._ways += 1
+
+    def write(self) -> None:
+        """Look no more, and write what was seen."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        stacks = [([_name(place) for place in stack], seconds * 1000) for stack, seconds in self._total.items()]
+        self._path.write_text(json.dumps({"ways": self._ways, "stacks": stacks}))
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        if self._began is None or self._task is None:
+            return
+        took = time.monotonic() - self._last
+        self._add(self._seen, self._stack(frame), took)
+        self._last = time.monotonic()  # anew, as looking is no part of the way
+
+    @staticmethod
+    def _add(to: dict[Stack, float], stack: Stack, seconds: float) -> None:
+        to[stack] = to.get(stack, 0.0) + seconds
+
+    def _stack(self, frame: FrameType | None) -> Stack:
+        """Return where the daemon is, quickly: what the loop awaits, and what runs in that or meanwhile."""
+        assert self._task is not None
+        running: list[CodeType | str] = []
+        while frame is not None and frame.f_code is not _RUN:
+            running.append(frame.f_code)
+            frame = frame.f_back
+        running.reverse()
+        if asyncio.current_task(self._loop) is self._task:
+            return tuple(running)
+        found: list[CodeType | str] = []
+        coroutine: Any = self._task.get_coro()
+        while (code := getattr(coroutine, "cr_code", None) or getattr(coroutine, "gi_code", None)) is not None:
+            found.append(code)
+            coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+        return (*found, WAITING) if running[-1:] == [_SELECT] else (*found, MEANWHILE, *running)
+
+
+def _name(place: CodeType | str) -> str:
+    if isinstance(place, str):
+        return place
+    path = Path(place.co_filename).with_suffix("").parts
+    start = next((index + 1 for index, part in enumerate(path) if part in ("ctrport", "site-packages")), -2)
+    if "asyncio" in path:
+        start = path.index("asyncio")
+    return f"{'.'.join(path[start:])}.{place.co_name}"
+
+
+#: What runs each step of a task, and what the event loop waits in.
+_RUN = asyncio.Handle._run.__code__
+_SELECT = selectors.EpollSelector.select.__code__
+
+
+def install(sampler: Sampler) -> None:
+    """Have the daemon of this process tell the sampler when an event comes, and when the kernel has followed."""
+    follow, read, run = Dataplane.follow, taskevents.task_event, Reconciler.run
+
+    def reading(envelope: events_pb2.Envelope) -> taskevents.TaskEvent | None:
+        event = read(envelope)
+        if event is not None and event.topic == "/tasks/start":
+            sampler.begin(envelope.timestamp.seconds + envelope.timestamp.nanos / 1e9)
+        return event
+
+    async def following(self: Dataplane, changes: Sequence[Any], *others: Any, **options: Any) -> Any:
+        before = self.transactions
+        try:
+            return await follow(self, changes, *others, **options)
+        finally:
+            if self.transactions != before:
+                sampler.end()
+
+    async def running(self: Reconciler) -> None:
+        sampler.start()
+        await run(self)
+
+    setattr(containerd, "task_event", reading)  # noqa: B010 - mypy has no word for a replaced function
+    setattr(Dataplane, "follow", following)  # noqa: B010
+    setattr(Reconciler, "run", running)  # noqa: B010
+
+
+def main() -> NoReturn:
+    """Run the daemon."""
+    sampler = Sampler(Path(sys.argv[1]))
+    install(sampler)
+    atexit.register(sampler.write)
+    del sys.argv[1]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
