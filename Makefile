@@ -2,7 +2,6 @@
 # that it is made with.
 PYTHON ?= python3
 CONFIG ?= /etc/ctrport/config.yaml
-ROUNDS ?= 30
 KILLS ?= 200
 SOAK_MINUTES ?= 10
 # Where `make install` puts ctrport, and what stands in front of every path of it: for packages.
@@ -18,7 +17,7 @@ CORE_COVERAGE := 95
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help tools venv demo bench drift matrix kills soak boot test lint unit node pythons stubs reference dist distboot image run \
+.PHONY: help tools venv demo bench crowd flame drift matrix kills soak boot test lint unit node pythons stubs reference dist distboot image run \
 	install uninstall clean
 
 help:  ## Show this list
@@ -39,8 +38,14 @@ $(READY): pyproject.toml
 demo: tools $(READY)  ## Publish a real Redis on a node made of namespaces, step by step (as root)
 	@$(BIN)/python -m demo.demo
 
-bench: tools $(READY)  ## Measure ctrport beside CNI's portmap plugin (as root, 1 minute): make bench ROUNDS=30
-	@$(BIN)/python -m bench.bench --rounds $(ROUNDS)
+bench: tools $(READY)  ## Measure ctrport beside portmap and dockerd, write docs/figures.md anew (as root, 10 minutes)
+	@$(BIN)/python -m bench.bench --to docs
+
+crowd: tools $(READY)  ## Measure it on a node of 1000 containers (as root, 10 minutes)
+	@$(BIN)/python -m bench.crowd
+
+flame: tools $(READY)  ## Draw what a start event waits for: bench/event.svg (as root, 1 minute)
+	@$(BIN)/python -m bench.flame
 
 drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy neighbours cost (as root, 1 minute)
 	@$(BIN)/python -m bench.drift

@@ -3,7 +3,7 @@
     python -m bench.bench [--short] [--only PART] [--to DIRECTORY]
 
 Each has a node of its own, made of namespaces. Exit status: 0 every target is held, 1 one is missed or could not be
-measured, 2 bad usage, 130 interrupted. All that it makes is removed in each case, but for the plots.
+measured, 2 bad usage, 130 interrupted. All that it makes is removed in each case, but for figures.md and its pictures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.peers import Docker, Portmap
 from bench.plots import plots
 from bench.rows import Figures, Row, missed, verdicts
 from bench.subjects import ONE, Ctrport, Subject, Took, Wish
-from bench.table import conclusion, markdown, table
+from bench.table import conclusion, page, table
 from bench.traffic import Client, Server
 from embedded.dockerd import DockerContainer
 from embedded.host import Place, end_process
@@ -56,7 +56,7 @@ RANGE, SHIFTED_TO, MANY = 30_000, 40_000, 10_000
 
 
 class Measurement:
-    """The subjects, and what was measured of them."""
+    """The subjects, and what was measured of them: ``figures``, and in ``context`` on what machine."""
 
     def __init__(self, work: Work, interrupts: Interrupts, opened: contextlib.ExitStack) -> None:
         self._work = work
@@ -67,6 +67,7 @@ class Measurement:
         self.ours = [opened.enter_context(Ctrport(name.partition(", ")[2])) for name in rows.OURS]
         self.portmap, self.docker = opened.enter_context(Portmap()), opened.enter_context(Docker())
         self.subjects: tuple[Subject, ...] = (*self.ours, self.portmap, self.docker)
+        self.context = context(self.portmap.node)
         self._docker_many: tuple[DockerContainer, Wish]
         self._written = 0  # how many mappings the peers have, or seem to have, beside the range that is kept
 
@@ -348,41 +349,44 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench", description="Measure ctrport beside portmap and dockerd.")
     parser.add_argument("--short", action="store_true", help="two rounds of little: whether it works, not how fast")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part, and others that are named")
-    parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="where the plots and the table are put")
+    parser.add_argument("--to", type=Path, metavar="DIRECTORY", help="where figures.md and its pictures are put")
     arguments = parser.parse_args()
     interrupts = Interrupts()
     try:
-        figures = _measure(SHORT if arguments.short else WHOLE, arguments.only or PARTS, interrupts)
+        measured = _measure(SHORT if arguments.short else WHOLE, arguments.only or PARTS, interrupts)
     except Unmeasured as reason:
         print(f"bench: {reason}", file=sys.stderr)
         return 130 if interrupts.came else 1
     except KeyboardInterrupt:
         print("\nbench: interrupted; all that was made is removed", file=sys.stderr)
         return 130
-    return _conclude(figures, arguments.to)
+    return _conclude(measured, arguments.to)
 
 
-def _measure(work: Work, parts: Collection[str], interrupts: Interrupts) -> Figures:
+def _measure(work: Work, parts: Collection[str], interrupts: Interrupts) -> Measurement:
     reason = absent()
     if reason is not None:
         raise Unmeasured(reason)
     with failing(), contextlib.ExitStack() as opened:
         measurement = Measurement(work, interrupts, opened)
-        print(context(measurement.portmap.node), flush=True)
+        print(measurement.context, flush=True)
         measurement.measure(parts)
-        return measurement.figures
+        return measurement
 
 
-def _conclude(figures: Figures, directory: Path | None) -> int:
+def _conclude(measured: Measurement, directory: Path | None) -> int:
+    figures = measured.figures
     print(f"\n{table(figures)}\n")
     found = verdicts(figures)
     print(conclusion(found))
     if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "table.md").write_text(f"{markdown(figures)}\n")
-        for name, picture in plots(figures).items():
-            (directory / f"{name}.svg").write_text(picture)
-        print(f"plots and table: {directory}")
+        drawn = plots(figures)
+        pictures = directory / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        for name, picture in drawn.items():
+            (pictures / f"{name}.svg").write_text(picture)
+        (directory / "figures.md").write_text(page(figures, measured.context, found, list(drawn)))
+        print(f"the same, with pictures: {directory / 'figures.md'}")
     return bool(missed(found))
 
 

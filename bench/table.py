@@ -27,8 +27,32 @@ def table(figures: Figures) -> str:
     )
 
 
-def markdown(figures: Figures) -> str:
-    """Return the same for a page of the documentation."""
+def page(figures: Figures, context: str, verdicts: Sequence[Verdict], pictures: Sequence[str]) -> str:
+    """Return all of one run as a page of the documentation, with those of its pictures below ``pictures``."""
+    titles = {
+        "publish": "Ports published",
+        "beside": "One port more or less",
+        "connections": "New connections a second",
+    }
+    drawn = "\n\n".join(f"![{titles[name]}](pictures/{name}.svg)" for name in pictures)
+    targets = "\n".join(f"- {verdict}" for verdict in verdicts)
+    return f"""\
+# What was measured
+
+Written by `make bench`, all in one run: [benchmark.md](benchmark.md) says how, and what each row is. Medians; times
+depend on the machine and on what else it does, ratios hardly. Machine: {context}.
+
+{drawn}
+
+{_markdown(figures)}
+
+Targets, as parts of a peer's time in this run:
+
+{targets}
+"""
+
+
+def _markdown(figures: Figures) -> str:
     subjects = figures.subjects()
     lines = [f"| | {' | '.join(subjects)} | |", f"|---|{'---:|' * len(subjects)}---|"]
     for row in figures:

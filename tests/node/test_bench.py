@@ -29,7 +29,8 @@ def bench(*arguments: str, directory: str, of: str = "bench.bench") -> subproces
 def test_a_short_one_has_figures_of_all_and_a_verdict_that_agrees_with_them() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         ended = bench("--short", "--to", f"{directory}/plots", directory=directory)
-        pictures = {path.name: path.read_text() for path in Path(directory, "plots").iterdir()}
+        pictures = {path.name: path.read_text() for path in Path(directory, "plots", "pictures").iterdir()}
+        page = Path(directory, "plots", "figures.md").read_text()
         shutil.rmtree(f"{directory}/plots")
         left = list(Path(directory).iterdir())
     assert not left
@@ -60,8 +61,9 @@ def test_a_short_one_has_figures_of_all_and_a_verdict_that_agrees_with_them() ->
     assert len(verdicts) == 4  # of one port; what else there is asks for thousands
     assert ended.returncode == ("MISSED" in verdicts)
     assert lines[-2] == ("all 4 targets held" if "MISSED" not in verdicts else lines[-2])
-    assert sorted(pictures) == ["beside.svg", "connections.svg", "publish.svg", "table.md"]
-    for name in ("beside.svg", "connections.svg", "publish.svg"):
+    assert sorted(pictures) == ["beside.svg", "connections.svg", "publish.svg"]
+    for name in pictures:
+        assert f"(pictures/{name})" in page
         assert pictures[name].startswith("<svg ")
         ElementTree.fromstring(pictures[name])
 
