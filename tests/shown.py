@@ -73,5 +73,5 @@ def commands(page: Path) -> Iterator[Shown]:
     """Yield the commands of a page, each once. The name of a program alone is none."""
     for line in dict.fromkeys(code(page)):
         text = re.split(r" +#|  +", line.strip())[0]
-        if text.split(" ")[0] in PLACES and re.search(r" [^-\s]| --?\w+ \S", text) and "…" not in text:
+        if text.split(" ")[0] in PLACES and " " in text and "…" not in text:
             yield Shown(page, text)
