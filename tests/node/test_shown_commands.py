@@ -124,7 +124,7 @@ ELSEWHERE = {
     "ctr run --cni": "as embedded/node.py starts every container",
     "ctr run --label ctrport/ports=8080:80,5353:53/udp": "the one option of it; tests/node/test_declared.py has labels",
     "ctr containers label": "the name of a command; with its arguments on another page",
-    "ctr task start": "the name of a command; tests/node/test_lifecycle.py starts tasks anew",
+    "ctr task start": "the name of a command; tests/node/test_live.py starts one anew",
     "ip ctrport": "the name of a table",
     "nft -f": "what the lines of a plan are for; tests/node/test_plan_command.py has it read them",
     "curl -4": "the one option of it",
@@ -171,8 +171,8 @@ class World:
     def turn(self, beside: str) -> None:
         """Have the daemon be as a page has it, and the kernel."""
         if beside == STOPPED:
-            if self.ctrport.runs:
-                self.ctrport.stop()
+            self.turn(IPTABLES)  # of which the rules stay
+            self.ctrport.stop()
             return
         self.ctrport.configure(SETTINGS if beside == NOTHING else CONFIG % beside)
         if not self.ctrport.runs:
@@ -231,7 +231,8 @@ def world() -> Iterator[World]:
     with Node() as node:
         world = World(node)
         yield world
-        world.turn(STOPPED)
+        if world.ctrport.runs:
+            world.ctrport.stop()
         world.ctrport.run("clean")
         assert node.tables() == world.tables
         tables = re.findall(r"^table \w+ (\w+)", node.run("nft", "list", "tables").stdout, re.MULTILINE)
