@@ -73,5 +73,35 @@ def commands(page: Path) -> Iterator[Shown]:
     """Yield the commands of a page, each once. The name of a program alone is none."""
     for line in dict.fromkeys(code(page)):
         text = re.split(r" +#|  +", line.strip())[0]
-        if text.split(" ")[0] in PLACES and re.search(r" [^-\s]| --?\w+ \S", text) and "…" not in text:
+        if text.split(" ")[0] in PLACES and " " in text and "…" not in text:
             yield Shown(page, text)
+
+
+def texts(place: str) -> list[str]:
+    """Return the commands that are tried at a place, each once, in the order of the pages."""
+    return [*dict.fromkeys(shown.text for page in PAGES for shown in commands(page) if shown.place == place)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a command needs that the page takes for granted, and what it has to come to."""
+
+    #: What it is shown beside, where that differs.
+    beside: str = ""
+    #: Lines of shell that make what it is shown for, and that take away what it has left.
+    before: str = ""
+    after: str = ""
+    #: It goes on until Ctrl-C. Until this is seen a client asks, then that is typed.
+    until: str = ""
+    #: What it says besides.
+    says: str = ""
+    #: The program it is run by.
+    behind: tuple[str, ...] = ()
+    #: Its exit status: where another than 0 is right, the reason is beside it.
+    status: tuple[int, ...] = (0,)
+
+    def hold(self, status: int, said: str) -> None:
+        """Raise ``AssertionError`` where a command came to something else."""
+        assert status in self.status, f"exit status {status}: {said}"
+        assert self.says in said, f"no {self.says!r} in {said!r}"
+        assert "Traceback" not in said, said

@@ -12,14 +12,13 @@ import contextlib
 import gc
 import logging
 import math
-import os
 import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
-from . import __version__, netlink, systemd
+from . import netlink, systemd
+from .account import NOT_CONNECTED, Account
 from .chronicle import Chronicle
 from .config import Config
 from .connections import Counts
@@ -29,10 +28,10 @@ from .events import Event
 from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
-from .model import ContainerKey, Family, Publication, State
+from .model import ContainerKey, Family, Publication
 from .pace import Backoff, Pace
 from .publish import Change
-from .status import Status, layout, networks, shown
+from .status import Status
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
 from .tally import Reading, Tally
@@ -53,8 +52,6 @@ MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.005
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
-
-NOT_CONNECTED = "not connected"
 
 
 @dataclass(frozen=True)
@@ -110,28 +107,22 @@ class Reconciler:
         self._on_change = on_change
         self._on_turn = on_turn
         self._next_config: Config | None = None
-        self._stale = ""  # why the configuration in use is not that of the files; empty where it is
-        self._reloaded_at = time.time()
         self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
-        self._looked_at = 0.0  # when the kernel was last seen to hold what it should
         self._others_wrote = True
         self._deaf = True  # whether nobody tells when others write
         self._chronicle = Chronicle(self._tally)
+        self._account = Account(survey, self._chronicle, self._tally)
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
-        self._blind, self._looking = "", Backoff(RETRY, TICK)  # why nothing can be looked at; empty where it can
-        self._containerd_state = NOT_CONNECTED
+        self._looking = Backoff(RETRY, TICK)
         self._lost = False  # whether containerd was there and is not now
-        self._problem = ""  # why the kernel is not in line; empty where it is
         self._told_in_line = False
         self._complaint = ""  # of the dataplane's, as it was last shown
-        self._events = 0
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
-        self._revisions: dict[ContainerKey, str] = {}  # of what the operator gave containers, as they were last shown
         self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
         self._at_rest.set()
 
@@ -186,8 +177,8 @@ class Reconciler:
     def use(self, config: Config) -> None:
         """Use another configuration from the next turn on; what is the same in both is not touched."""
         self._next_config = None if config == self._survey.config else config
-        if self._stale:
-            self._stale = ""
+        if self._account.stale:
+            self._account.stale = ""
             if self._next_config is None:
                 self._reloaded()
             self._tell()
@@ -196,15 +187,15 @@ class Reconciler:
     def stay(self, reason: str) -> None:
         """Go on with the configuration in use, as the one of the files cannot be, and say why."""
         self._next_config = None
-        if reason != self._stale:
+        if reason != self._account.stale:
             self._tally.failed_reloads += 1
-            self._stale = reason
+            self._account.stale = reason
             log.error(Event("not-reloaded", reason=reason))
             self._tell()
 
     def _reloaded(self) -> None:
         self._tally.reloads += 1
-        self._reloaded_at = time.time()
+        self._account.reloaded_at = time.time()
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
@@ -232,7 +223,7 @@ class Reconciler:
         finally:
             await self._settle(mend=True, told=told)
         await self._dataplane.sweep()
-        log.info(Event("reloaded", **self._counted()))
+        log.info(Event("reloaded", **self._account.counted()))
 
     async def _run(self) -> None:
         while True:
@@ -243,9 +234,9 @@ class Reconciler:
                 async with self._containerd.events() as events:
                     self._tally.subscriptions += 1
                     version = await self._containerd.version()
-                    if self._containerd_state == NOT_CONNECTED:
+                    if self._account.containerd == NOT_CONNECTED:
                         log.info(Event("containerd", address=self._containerd.address, version=version))
-                    self._containerd_state = f"connected, version {version}"
+                    self._account.containerd = f"connected, version {version}"
                     reader = asyncio.create_task(self._read(events))
                     try:
                         await self._follow(reader)
@@ -253,7 +244,7 @@ class Reconciler:
                         reader.cancel()
                         await asyncio.gather(reader, return_exceptions=True)
             except ContainerdError as error:
-                self._containerd_state = f"lost: {error}"
+                self._account.containerd = f"lost: {error}"
                 if not self._lost:
                     reason = f"{error}; rules stay as they are until it answers again"
                     log.warning(Event("containerd-lost", address=self._containerd.address, reason=reason))
@@ -291,7 +282,7 @@ class Reconciler:
             async for event in events:
                 if not self._survey.config.watches(event.key.namespace):
                     continue
-                self._events += 1
+                self._account.events += 1
                 self._tally.events[event.topic] += 1
                 self._survey.expect(event)
                 if event.topic not in AHEAD:
@@ -306,15 +297,15 @@ class Reconciler:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
         with self._turn("resync"):
             await self._survey.everything()
-            if self._blind:
+            if self._account.blind:
                 log.info("the node can be looked at again")
-            self._blind = ""
+            self._account.blind = ""
             self._looking.reset()
             await self._settle(mend=True)
         if self._lost:
-            log.info(Event("containerd-back", address=self._containerd.address, **self._counted()))
+            log.info(Event("containerd-back", address=self._containerd.address, **self._account.counted()))
         self._lost = False
-        systemd.notify("READY=1", f"STATUS={self._summary()}")
+        systemd.notify("READY=1", f"STATUS={self._account.summary()}")
         self._on_change()
         await self._dataplane.sweep()
         await self._dataplane.prepare()
@@ -415,11 +406,11 @@ class Reconciler:
                 self._failed(error)
             else:
                 if drift:
-                    self._chronicle.repaired(drift, grounds, self._looked_at)
+                    self._chronicle.repaired(drift, grounds, self._account.looked_at)
                 if mend:
-                    self._looked_at = time.monotonic()
+                    self._account.looked_at = time.monotonic()
                     self._tell_of_node()  # of tables of others something may be new, too
-                self._problem = ""
+                self._account.problem = ""
                 self._writing.reset()
             if grounds.since is not None:
                 self._suspicion.end(_cpu() - began, time.monotonic())
@@ -429,12 +420,12 @@ class Reconciler:
             self._pace.take(time.monotonic())
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
-        if self._revisions != self._survey.revisions:
-            self._revisions, news = dict(self._survey.revisions), True
+        if self._account.revisions != self._survey.revisions:
+            self._account.revisions, news = dict(self._survey.revisions), True
         if changes or news or self._dataplane.in_line != was_in_line:
             self._tell()
         if self._dataplane.in_line and not self._told_in_line:
-            log.info(Event("in-line", **self._counted()))
+            log.info(Event("in-line", **self._account.counted()))
             self._told_in_line = True
         if self._dataplane.in_line:
             await self._dataplane.keep_host_ports()
@@ -446,7 +437,7 @@ class Reconciler:
             self._on_change()
 
     def _tell(self) -> None:
-        systemd.notify(f"STATUS={self._summary()}")
+        systemd.notify(f"STATUS={self._account.summary()}")
         self._on_change()
 
     def _tell_of_node(self) -> None:
@@ -469,103 +460,32 @@ class Reconciler:
 
     def _failed(self, error: FirewallError) -> None:
         """Say once what went wrong, and when to try again: later each time."""
-        if str(error) != self._problem:
+        if str(error) != self._account.problem:
             log.error(Event("write-failed", reason=f"{error}; trying again until it works"))
-        self._problem, self._told_in_line = str(error), False
+        self._account.problem, self._told_in_line = str(error), False
         self._retry_at = time.monotonic() + self._writing.pause()
 
     def _cannot_look(self, error: OSError) -> float:
         """Say once that this process may not so much as open a file; return in how many seconds to look again."""
         blind = f"the node cannot be looked at: {error.strerror or error}; what was known of it stands"
-        if not self._blind:
+        if not self._account.blind:
             log.error("%s, and it is tried again until it works", blind)
             systemd.notify(f"STATUS={blind}")
-        self._blind = blind
+        self._account.blind = blind
         self._on_change()
         return self._looking.pause()
 
-    def _summary(self) -> str:
-        if self._problem:
-            return f"not in line: {self._problem}"
-        publications = self._survey.publications
-        stale = f"; an older configuration is in use: {self._stale}" if self._stale else ""
-        return f"{publications.count(State.ACTIVE)} of {len(publications)} publications active{stale}"
-
-    def _counted(self) -> dict[str, int]:
-        publications = self._survey.publications
-        return {"publications": len(publications), "active": publications.count(State.ACTIVE)}
-
     def status(self, *, running: bool) -> Status:
         """Return what there is to say now."""
-        return Status(
-            version=__version__,
-            running=running,
-            pid=os.getpid(),
-            updated=shown(datetime.now(timezone.utc)),
-            config=self._stale,
-            containerd=self._containerd_state,
-            firewall=self._problem or ("in line" if self._in_line else "not read yet"),
-            events=self._events,
-            transactions=self._dataplane.transactions,
-            repairs=self._chronicle.repairs,
-            last_repair=self._chronicle.last_repair,
-            publications=self._chronicle.all_shown(
-                self._survey.publications, self._dataplane.remark, self._problem, self._process
-            ),
-            networks=networks(self._survey.facts, self._survey.amiss),
-            warnings=self._warnings,
-            revisions={str(key): revision for key, revision in self._revisions.items()},
-            backend=next(iter(self._dataplane.firewalls.values())).name,
-            families=[family.value for family in self._dataplane.firewalls],
-            layout=layout(self._dataplane.layout),
-            addresses=sorted(map(str, self._survey.facts.addresses)),
-            services=sorted(map(str, self._survey.facts.services)),
-        )
-
-    def _process(self, publication: Publication) -> int:
-        key = publication.container
-        candidate = self._survey.publications.candidate(key) if key is not None else None
-        return candidate.container.pid if candidate is not None else 0
+        return self._account.status(self._dataplane, running=running)
 
     def reading(self) -> Reading:
         """Return in numbers what there is to say now, at a cost of microseconds: no publication is looked at."""
-        publications = self._survey.publications
-        states = {state: publications.count(state) for state in State}
-        if self._problem:  # as status() has it
-            states |= {State.ACTIVE: 0, State.WAITING: states[State.ACTIVE] + states[State.WAITING]}
-        held, limit = self._dataplane.held_ports
-        return Reading(
-            version=__version__,
-            backend=next((firewall.name for firewall in self._dataplane.firewalls.values()), "none"),
-            counted=self._tally.copy(),
-            states=states,
-            unmatched=publications.unmatched,
-            starved=publications.starved,
-            unreserved=self._dataplane.unreserved,
-            held_ports=held,
-            held_ports_limit=limit,
-            in_line=self._in_line,
-            connected=self._containerd_state.startswith("connected"),
-            config_in_use_is_current=not self._stale,
-            reloaded_at=self._reloaded_at,
-            transactions=self._dataplane.transactions,
-            repairs=self._chronicle.repairs,
-            warnings=len(self._warnings),
-        )
+        return self._account.reading(self._dataplane)
 
     async def counts(self) -> Counts | None:
         """Return how many connections each mapping has had; None where the kernel cannot be asked now."""
         return await self._dataplane.counts()
-
-    @property
-    def _in_line(self) -> bool:
-        # Not the dataplane's word: in the middle of each look that is no, and nobody would be told of the end of it.
-        return not self._problem and self._looked_at > 0
-
-    @property
-    def _warnings(self) -> list[str]:
-        complaints = filter(None, [self._blind, self._dataplane.complaint])
-        return [*complaints, *self._survey.warnings, *self._dataplane.warnings]
 
     @property
     def config(self) -> Config:

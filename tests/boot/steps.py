@@ -13,6 +13,7 @@ from pathlib import Path
 from embedded.host import ALL_NAMESPACES, Place
 from embedded.traffic import Outcome, Refused, Reply, Server, TimedOut, Unreachable, probe_tcp, probe_udp
 from embedded.wait import eventually
+from tests.boot.shown_commands import shown_commands
 from tests.boot.tree import ROOT
 from tests.boot.world import CLIENT, NODE, UNIT, World
 from tests.node.prometheus import scraped
@@ -113,10 +114,11 @@ def archive_install(world: World) -> str:
     archives = [*(ROOT / "dist").glob("ctrport-*.tar.gz")]
     assert len(archives) == 1, "expected one archive in dist: make dist"
     machine.shell(_BARE)
-    shutil.copy(archives[0], machine.path("/root/archive.tar.gz"))
-    machine.shell("mkdir /root/archive; tar -xzf /root/archive.tar.gz --strip-components=1 -C /root/archive")
+    name = archives[0].name
+    shutil.copy(archives[0], machine.path(f"/root/{name}"))
+    machine.shell(f"cd /root; tar -xzf {name}")
     began = time.monotonic()
-    said = machine.command("/root/archive/install")
+    said = machine.command(f"/root/{name.removesuffix('.tar.gz')}/install")
     took = time.monotonic() - began
     assert "is installed. Declare ports" in said, said
     _drop_in(world)
@@ -443,7 +445,7 @@ def uninstall(world: World) -> str:
 STEPS: tuple[Callable[[World], str], ...] = (
     *(boots, make_install, security, containerd_comes_later, publishes, least_privilege),
     *(restart, kill_9, watchdog, legacy_tables, reload, metrics),
-    *(flush, nftables_service, firewalld, drop_in_another_table, upgrade, uninstall),
+    *(flush, nftables_service, firewalld, drop_in_another_table, shown_commands, upgrade, uninstall),
 )
 
 #: What is tried of the archive of `make dist`; all else is the same program.

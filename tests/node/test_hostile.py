@@ -102,6 +102,7 @@ def test_what_strangers_name_is_served_as_asked_and_forges_nothing(node: Node, c
         part = parts / f"\udcff{FORGED}.yaml"
         part.write_text("publish: {}")
         eventually(lambda: " not-reloaded " in ctrport.messages, what="what is wrong being told")
+        eventually(lambda: ctrport.status()["config"], what="its being in the status")
         shown = ctrport.run("ps")
     assert ctrport.stop() == 0
     lines = ctrport.messages.split("\n")[:-1]

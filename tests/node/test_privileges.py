@@ -91,7 +91,7 @@ def test_what_the_unit_gives_is_enough(its: Ctrport, config: str) -> None:
 
 def test_without_net_admin_there_is_no_rule(its: Ctrport) -> None:
     start(its, NFT, "net_admin")
-    assert "the chain DOCKER of the table nat could not be listed" in refusal(its)
+    assert "the chain DOCKER of the table nat could not be looked at: Operation not permitted" in refusal(its)
     start(its, OWN, "net_admin")
     assert "the table ip ctrport could not be read: Operation not permitted" in refusal(its)
 

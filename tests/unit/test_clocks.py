@@ -18,12 +18,12 @@ WALL = {
 }
 #: Where it is asked, and what for: to be shown.
 SHOWN = {
+    ("account.py", "__init__"),
+    ("account.py", "status"),
     ("chronicle.py", "_note"),
     ("events.py", "moment"),
     ("happened.py", "moment"),
     ("ps.py", "_age"),
-    ("reconcile.py", "status"),
-    ("reconcile.py", "__init__"),
     ("reconcile.py", "_reloaded"),
 }
 

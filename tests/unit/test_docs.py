@@ -16,7 +16,8 @@ from ctrport.firewall.tables import HOLDER_CHAINS
 from ctrport.model import State
 from ctrport.nftports import CHAINS
 from ctrport.rules import USER_CHAIN, Layout
-from tests.shown import FENCE, PAGES, PLACES, ROOT, blocks, code
+from tests.boot import shown_commands as boot
+from tests.shown import BOOT, FENCE, MAKE, NOWHERE, PAGES, PLACES, ROOT, blocks, code, texts
 
 
 def command_lines(text: str, program: str) -> list[list[str]]:
@@ -164,6 +165,37 @@ def test_targets_and_files_exist(page: Path) -> None:
         assert not call or call[0] in targets
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("text", texts(MAKE))
+def test_make_knows_the_targets_and_settings_that_are_shown(text: str) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    _, target, *settings = text.split()
+    assert re.search(rf"^{target}:.* ## ", makefile, re.MULTILINE)
+    assert [name for name in settings if not re.search(rf"^{name.partition('=')[0]} \?=", makefile, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("text", [text for text in texts(NOWHERE) if text.split()[0] in ("kubectl", "podman", "kind")])
+def test_what_is_shown_for_a_cluster_is_what_the_manifests_have(text: str) -> None:
+    """No cluster is here to try them on: the files, the names in them, and the command that the image has."""
+    manifests = "".join(file.read_text() for file in sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")))
+    for file in re.findall(r" -f (\S+)", text):
+        assert (ROOT / file).is_file(), file
+    for namespace in re.findall(r" -n (\S+)", text):
+        assert f"\n  namespace: {namespace}\n" in manifests
+    for kind, name in re.findall(r" (daemonset)/(\S+)", text):
+        assert re.search(rf"^kind: {kind}\nmetadata:\n  name: {name}$", manifests, re.MULTILINE | re.IGNORECASE)
+    for image in re.findall(r"\S+/ctrport:\S+", text):
+        assert f" image: {image}\n" in manifests
+    program, _, arguments = text.partition(" -- ")[2].partition(" ")
+    if program:
+        assert f'ENTRYPOINT ["{program}"]' in (ROOT / "deploy" / "kubernetes" / "Containerfile").read_text()
+        assert wrong(shlex.split(arguments)) is None
+
+
+def test_whatever_is_said_of_a_command_for_make_boot_is_of_one_that_is_shown() -> None:
+    assert sorted({*boot.WAYS, *boot.ELSEWHERE} - {*texts(BOOT)}) == []
+    assert sorted(boot.WAYS.keys() & boot.ELSEWHERE.keys()) == []
 
 
 def anchors(page: Path) -> list[str]:

@@ -205,10 +205,10 @@ class Local:
 class Facts:
     """What is known of the node.
 
-    ``chain`` and ``localhost`` are those of ``firewall``. ``keepers`` are who has the sockets by which ctrport keeps
-    ports from others, by a part of what such a holder is called. ``bridges`` are all but the one that the default route
-    is by. ``ipvs`` are the ports that IPVS serves, of whichever address. ``unseen`` says what could not be looked at, a
-    sentence each: with it nothing is sure.
+    ``chain`` and ``localhost`` are those of ``firewall``; no chain where tables of its own are used. ``keepers`` are
+    who has the sockets by which ctrport keeps ports from others, by a part of what such a holder is called. ``bridges``
+    are all but the one that the default route is by. ``ipvs`` are the ports that IPVS serves, of whichever address.
+    ``unseen`` says what could not be looked at, a sentence each: with it nothing is sure.
     """
 
     rules: Ruleset

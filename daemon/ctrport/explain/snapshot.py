@@ -84,7 +84,7 @@ class Snapshot:
             locals=tuple(local),
             addresses=addresses,
             declared=tuple(_declared(current, config)),
-            chain=config.firewall.chain,
+            chain="" if config.firewall.backend == "nftables" else config.firewall.chain,
             localhost=config.firewall.localhost,
             keepers=tuple(_keepers(current)),
             bridges=frozenset(name for name, kind in names.values() if kind == "bridge") - {self._outward()},

@@ -55,7 +55,7 @@ _SERVICE = re.compile(r"([a-z0-9][a-z0-9.-]{0,62}/[a-z0-9][a-z0-9.-]{0,62}(?::[a
 
 
 def owner_of(at: At, ours: str) -> str:
-    """Return who put something there, empty where that cannot be told; ``ours`` is ``firewall.chain``."""
+    """Return who put something there, empty where that cannot be told; ``ours`` is ``Facts.chain``."""
     if at.rule is not None and at.rule.tag is not None:
         its = owner(at.rule.tag)
         return f"{CTRPORT} ({its})" if "/" in its.partition(" ")[0] else CTRPORT
@@ -68,7 +68,7 @@ def chain_owner(chain: str, ours: str) -> str:
     """Return whose chain of iptables it is, by its name."""
     if chain == USER_CHAIN:
         return OPERATOR
-    if chain == ours or chain.startswith(f"{ours}-"):
+    if ours and (chain == ours or chain.startswith(f"{ours}-")):
         return CTRPORT
     fitting = [prefix for prefix in _PREFIXES if chain.startswith(prefix)]
     return _PREFIXES[max(fitting, key=len)] if fitting else ""
