@@ -78,7 +78,7 @@ unit: $(READY)  ## Run the tests without I/O, and see that they cover the core
 	$(BIN)/coverage report --include="$$($(BIN)/python bin/core-files)" --skip-covered --fail-under=$(CORE_COVERAGE)
 
 node: tools $(READY)  ## Run the tests with a real containerd, a real kernel and real packets (as root)
-	$(BIN)/python -m pytest tests/node --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests/node --numprocesses 3 --dist loadfile
 
 pythons:  ## Run the unit tests under every Python from 3.10 to 3.13 that is found
 	@bin/test-pythons

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from .config import PARTS, Config, parse
 
-#: Seconds to wait after a change for more: a new version is often several files, or one written in pieces.
-PAUSE = 0.1
+#: Seconds without a change after which a new version is whole: it is often several files, or one written in pieces. But
+#: others may write beside it all the time, so no more than so many pauses are waited.
+PAUSE, MOST_PAUSES = 0.1, 20
 #: Bytes that a file may have at most: 100,000 entries, and half a minute to check.
 LONGEST = 8 << 20
 
@@ -58,8 +59,8 @@ def _text(path: Path) -> str:
 
 # linux/inotify.h. Directories are watched, not files: who writes a new version mostly renames it into place, and the
 # files of a Kubernetes ConfigMap are links to others whose directory is exchanged.
-_CLOSE_WRITE, _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x8, 0x40, 0x80, 0x100, 0x200
-_ANY_CHANGE = _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
+_MODIFY, _CLOSE_WRITE, _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x2, 0x8, 0x40, 0x80, 0x100, 0x200
+_ANY_CHANGE = _MODIFY | _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
 _ONLY_DIRECTORY = 0x01000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -69,8 +70,15 @@ async def changes(path: str) -> AsyncIterator[None]:
     directory = Path(path).parent
     watching = _checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     changed = asyncio.Event()
+
+    def seen() -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(watching, 1 << 16):
+                pass  # what it was is seen by reading the files
+        changed.set()
+
     loop = asyncio.get_running_loop()
-    loop.add_reader(watching, changed.set)
+    loop.add_reader(watching, seen)
     try:
         _checked(_LIBC.inotify_add_watch(watching, os.fsencode(directory), _ANY_CHANGE | _ONLY_DIRECTORY))
         before = _texts_if_any(path)
@@ -78,11 +86,11 @@ async def changes(path: str) -> AsyncIterator[None]:
             # It may have come just now, and is followed to where it is then.
             _LIBC.inotify_add_watch(watching, os.fsencode(directory / PARTS), _ANY_CHANGE | _ONLY_DIRECTORY)
             await changed.wait()
-            await asyncio.sleep(PAUSE)
-            changed.clear()
-            with contextlib.suppress(BlockingIOError):
-                while os.read(watching, 1 << 16):
-                    pass  # what it was is seen by reading the files
+            for _ in range(MOST_PAUSES):  # what is read before it was written to its end may be another that is valid
+                changed.clear()
+                await asyncio.sleep(PAUSE)
+                if not changed.is_set():
+                    break
             # Other files may be written beside these all the time, and to check thousands of lines takes seconds.
             now = _texts_if_any(path)
             if now is None or now != before:

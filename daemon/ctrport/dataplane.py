@@ -115,7 +115,7 @@ class Dataplane:
                 await other.read(words=False)
                 self._learn(other)
         for firewall in self.firewalls.values():
-            await firewall.read(words=False)
+            await firewall.read()
             self._learn(firewall)
 
     def _learn(self, firewall: Firewall) -> None:

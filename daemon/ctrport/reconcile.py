@@ -107,6 +107,7 @@ class Reconciler:
         self._on_change = on_change
         self._on_turn = on_turn
         self._next_config: Config | None = None
+        self._taken_up: Config | None = None  # that which is being taken up now
         self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
         self._others_wrote = True
@@ -176,17 +177,28 @@ class Reconciler:
 
     def use(self, config: Config) -> None:
         """Use another configuration from the next turn on; what is the same in both is not touched."""
-        self._next_config = None if config == self._survey.config else config
-        if self._account.stale:
+        in_use = self._survey.config if self._taken_up is None else self._taken_up
+        self._next_config = None if config == in_use else config
+        if self._next_config is None:
+            self._taken_back()
+        elif self._account.stale:
             self._account.stale = ""
-            if self._next_config is None:
-                self._reloaded()
             self._tell()
         self._wake.set()
+
+    def _taken_back(self) -> None:
+        """The files have again what is in use."""
+        if self._account.stale:
+            self._account.stale = ""
+            self._reloaded()
+            self._tell()
 
     def stay(self, reason: str) -> None:
         """Go on with the configuration in use, as the one of the files cannot be, and say why."""
         self._next_config = None
+        self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
         if reason != self._account.stale:
             self._tally.failed_reloads += 1
             self._account.stale = reason
@@ -199,10 +211,17 @@ class Reconciler:
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
+        self._taken_up = config
+        try:
+            await self._take_up(config)
+        finally:
+            self._taken_up = None
+
+    async def _take_up(self, config: Config) -> None:
         if config == self._survey.config:
-            return None  # it was asked for again while it was being taken up
+            return self._taken_back()  # while another was being taken up, of which nothing came
         if config.containerd.address != self._survey.config.containerd.address:
-            return self.stay("another containerd.address takes a restart: systemctl restart ctrport")
+            return self._refuse("another containerd.address takes a restart: systemctl restart ctrport")
         ground: Ground | None = None
         try:
             ground = await self._prepare(config)
@@ -210,7 +229,7 @@ class Reconciler:
         except (FirewallError, OSError) as error:
             if ground is not None:
                 await ground.close()
-            return self.stay(str(error))
+            return self._refuse(str(error))
         before = self._ground
         await self._leave_ground()
         ground.dataplane.succeed(before.dataplane)

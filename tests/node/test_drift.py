@@ -221,7 +221,7 @@ def test_a_switch_that_was_switched_off_is_on_again(world: World) -> None:
     """The kernel announces it to nobody: it is looked at every 10 seconds."""
     repairs = world.repairs
     world.node.sysctl("net/ipv4/conf/docker0/route_localnet", 0)
-    eventually(lambda: world.repairs > repairs, within=15, what="the repair")
+    eventually(lambda: world.repairs > repairs, within=25, what="the repair")
     world.open()
     assert re.fullmatch(
         r"route_localnet off: docker0; repaired after at most \d+ s", world.ctrport.status()["last_repair"]

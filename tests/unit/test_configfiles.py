@@ -68,3 +68,23 @@ async def test_a_change_is_told_of_the_files_of_the_configuration_and_of_none_be
     change = asyncio.ensure_future(told.__anext__())
     config.unlink()
     await asyncio.wait_for(change, 5)
+
+
+@pytest.mark.asyncio
+async def test_what_is_written_in_pieces_is_told_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configfiles, "PAUSE", 0.5)
+    path = tmp_path / "config.yaml"
+    path.write_text("publish: []")
+    told = changes(str(path))
+    change = asyncio.ensure_future(told.__anext__())
+    await asyncio.sleep(0)
+    (tmp_path / "swap").write_text("as an editor has it")
+    with path.open("w") as file:  # there is nothing in it now, which would be a configuration
+        for _ in range(40):
+            file.write("# a piece\n")
+            file.flush()
+            await asyncio.sleep(0.02)  # more than a pause in all
+            assert not change.done()
+    await asyncio.wait_for(change, 5)

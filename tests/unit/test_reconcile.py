@@ -1,10 +1,18 @@
-"""How often everything is looked at again, whether or not anybody announced anything."""
+"""How often everything is looked at again, and which configuration is the one to be used."""
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from ctrport.reconcile import TICK, ticks_to_resync
+from ctrport.config import Config, parse
+from ctrport.firewall import FirewallError
+from ctrport.reconcile import TICK, Reconciler, ticks_to_resync
+
+ONE, OTHER = (parse(f"publish: [{{match: {{container: {name}}}, ports: ['80']}}]", name) for name in ("one", "other"))
 
 
 @pytest.mark.parametrize(
@@ -13,3 +21,46 @@ from ctrport.reconcile import TICK, ticks_to_resync
 )
 def test_what_costs_much_is_done_seldomer_and_not_never(took: float, seconds: float) -> None:
     assert ticks_to_resync(took) * TICK == seconds
+
+
+class Unusable:
+    """A reconciler whose node cannot take up any configuration but the first, and is not quick to say so."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.answer = asyncio.Event()
+        survey: Any = SimpleNamespace(config=ONE, publications=Nothing(), warnings=(), amiss={})
+        nothing: Any = None
+        self.reconciler = Reconciler(nothing, survey, nothing, self._prepare, lambda: None, lambda: None)
+
+    def next(self) -> Config | None:
+        return self.reconciler._next_config
+
+    async def _prepare(self, config: Config) -> Any:
+        self.asked.set()
+        await self.answer.wait()
+        raise FirewallError("not on this node")
+
+
+class Nothing(list[Any]):
+    """No publications."""
+
+    def count(self, state: object) -> int:
+        return 0
+
+
+@pytest.mark.asyncio
+async def test_a_configuration_that_comes_back_while_another_is_taken_up_is_used() -> None:
+    its = Unusable()
+    taking_up = asyncio.ensure_future(its.reconciler._change_config(OTHER))
+    await its.asked.wait()
+    its.reconciler.use(OTHER)  # announced twice
+    assert its.next() is None
+    its.reconciler.use(ONE)  # which is still in use now, and not then, if all goes well
+    assert its.next() == ONE
+    its.answer.set()
+    await taking_up
+    assert its.next() == ONE
+    assert its.reconciler._account.stale == "not on this node"
+    await its.reconciler._change_config(ONE)
+    assert its.reconciler._account.stale == ""

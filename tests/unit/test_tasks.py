@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from ctrport.tasks import end, through
+from ctrport.tasks import end, through, together
 
 
 def test_a_task_is_through_with_its_end() -> None:
@@ -55,3 +55,21 @@ def test_what_the_work_fails_with_is_told() -> None:
 
     with pytest.raises(OSError, match="no"):
         asyncio.run(through(work()))
+
+
+def test_what_was_begun_together_is_through_when_one_of_it_fails() -> None:
+    said = []
+
+    async def fails() -> str:
+        raise OSError("no")
+
+    async def works(turns: int) -> str:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        said.append("done")
+        return "yes"
+
+    with pytest.raises(OSError, match="no"):
+        asyncio.run(together([works(0), fails(), works(5)]))
+    assert said == ["done", "done"]
+    assert asyncio.run(together([works(3), works(1)])) == ["yes", "yes"]

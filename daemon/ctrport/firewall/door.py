@@ -8,7 +8,6 @@ gets nothing. The chain DOCKER-USER is asked before, where somebody has put that
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -42,8 +41,9 @@ class Door:
 
     async def look(self, *, words: bool = False) -> None:
         """Look at what is in the chain; see ``Firewall.read`` for ``words``. Raises ``FirewallError``."""
-        read = self._listed if words else self._kernel.glance
-        lines, accepts = await asyncio.gather(read(*_FORWARD), self._kernel.accepts(*_FORWARD))
+        lines, accepts = await self._kernel.glance(*_FORWARD), await self._kernel.accepts(*_FORWARD)
+        if words and any(line.owner == ACCEPTED_OWNER for line in lines or ()):
+            lines = await self._listed(*_FORWARD)  # where nothing of ours can go, iptables need not be there
         # What another backend of ours has there is not to be touched, and goes by itself.
         self._lines = [line if line.owner == ACCEPTED_OWNER else replace(line, tag=None) for line in lines or ()]
         others = (line for line in lines or () if line.tag is None)

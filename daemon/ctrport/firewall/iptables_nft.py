@@ -19,6 +19,7 @@ from ..nfnetlink import NfTables, Writer, comment, counted, target
 from ..nlmsg import Interrupted
 from ..programs import Ready
 from ..rules import Table
+from ..tasks import together
 from . import FirewallError, Refused, Unusable
 from .commands import TIMEOUT, command, errors, failure
 from .handles import Handles, Missing
@@ -160,7 +161,7 @@ class NftCommands:
         keys = abridged(plan)
         if not keys:
             return plan
-        answers = await asyncio.gather(*(self.chain(table, chain) for table, chain in keys))
+        answers = await together(self.chain(table, chain) for table, chain in keys)
         return spell(plan, {key: listing(lines or ()) for key, lines in zip(keys, answers, strict=True)})
 
 

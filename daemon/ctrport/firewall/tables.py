@@ -13,6 +13,7 @@ from typing import Protocol
 from ..model import Count, Family, Holder
 from ..owners import LocalnetRecord, Owner
 from ..rules import USER_CHAIN, Difference, Layout, Rule, Table
+from ..tasks import together
 from . import AnyPlan, FirewallError, ForeignChain
 from .drift import Drift, drift
 from .plan import ChainKey, Line, Plan, Ranks, plan_all, plan_change, plan_removal, plan_sweep
@@ -92,7 +93,7 @@ class Tables:
         """See ``Firewall.read``. Looks at a chain at a time: the cost does not depend on what others have."""
         keys = [*self._layout.own_chains, *self._layout.kernel_chains, (Table.FILTER, USER_CHAIN)]
         looks = (_listed(self._kernel, *key) if words else self._kernel.glance(*key) for key in keys)
-        answers = await asyncio.gather(*looks)
+        answers = await together(looks)
         held = dict(zip(keys, answers, strict=True))
         foreign = self._foreign(held)
         if foreign is not None and not words:
@@ -148,7 +149,7 @@ class Tables:
     async def holders(self) -> list[Holder]:
         """See ``Firewall.holders``."""
         chains = [chain for chain in HOLDER_CHAINS if chain != self._layout.chain]
-        answers = await asyncio.gather(*(self._kernel.chain(Table.NAT, chain) for chain in chains))
+        answers = await together(self._kernel.chain(Table.NAT, chain) for chain in chains)
         return [
             holder
             for chain, lines in zip(chains, answers, strict=True)
@@ -178,7 +179,7 @@ class Tables:
         return plan_removal(held)
 
     async def _saved(self) -> dict[ChainKey, list[Line]]:
-        texts = await asyncio.gather(*(self._kernel.table(table) for table in Table))
+        texts = await together(self._kernel.table(table) for table in Table)
         tables = zip(Table, map(saved, texts), strict=True)
         return {
             (table, chain): [line for line in lines if line.owner not in self._spared]
