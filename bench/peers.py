@@ -197,7 +197,7 @@ class Docker:
         argv = ["docker-proxy", "-proto", "tcp", "-host-ip", "0.0.0.0", "-host-port", str(port)]
         argv += ["-container-ip", container.address, "-container-port", str(port)]
         # It says through its file 3 whether it could begin.
-        return self.node.spawn("sh", "-c", 'exec 3>/dev/null; exec "$@"', "sh", *argv)
+        return self.node.spawn("sh", "-c", 'exec 3>/dev/null 2>&3; exec "$@"', "sh", *argv)
 
     def _create(self, wish: Wish | None) -> str:
         self._serial += 1
