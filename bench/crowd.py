@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.ground import LONG_PATIENCE, PATIENCE, Interrupts, Unmeasured, context, failing
+from bench.ground import LONG_PATIENCE, PATIENCE, Interrupts, Unmeasured, measured_node
 from bench.usage import Usage
 from demo.demo import Daemon
 from embedded.container import Container
 from embedded.host import stands_still
-from embedded.node import Node, missing
+from embedded.node import Node
 from embedded.wait import eventually
 
 CONTAINERS, MOST = 1000, 2000
@@ -71,12 +71,7 @@ def main() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 16 * MOST)), hard))
     try:
-        absent = missing()
-        if absent is not None:
-            raise Unmeasured(absent)
-        with failing(), Node() as node:
-            node.start_containerd()
-            print(context(node), flush=True)
+        with measured_node() as node:
             return Crowd(node, arguments.containers, interrupts).measure()
     except Unmeasured as reason:
         print(f"crowd: {reason}", file=sys.stderr)

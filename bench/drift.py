@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 
 from bench.commits import Commits
-from bench.ground import SERVER, Unmeasured, context, failing
+from bench.ground import SERVER, Unmeasured, measured_node
 from demo.demo import Daemon
 from demo.measure import Knocking
-from embedded.node import Node, missing
+from embedded.node import Node
 from embedded.wait import eventually
 
 MAPPINGS, FIRST, CONTAINER_PORT = 100, 8000, 80
@@ -42,12 +42,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     try:
-        absent = missing()
-        if absent is not None:
-            raise Unmeasured(absent)
-        with failing(), Node() as node:
-            node.start_containerd()
-            print(context(node), flush=True)
+        with measured_node() as node:
             return _measure(node, arguments.rounds, arguments.seconds)
     except Unmeasured as reason:
         print(f"drift: {reason}", file=sys.stderr)

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.ground import CONTAINER_PORT, LONG_PATIENCE, PATIENCE, ROOT, SERVER, Unmeasured, context, failing
+from bench.ground import CONTAINER_PORT, LONG_PATIENCE, PATIENCE, ROOT, SERVER, Unmeasured, measured_node
 from bench.sampled import BEFORE, MEANWHILE, WAITING
 from bench.svg import Drawing, fitting
 from embedded.host import end_process
-from embedded.node import Node, missing
+from embedded.node import Node
 from embedded.wait import eventually
 
 STARTS, MOST_STARTS = 40, 400
@@ -69,12 +69,7 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=PICTURE, metavar="FILE")
     arguments = parser.parse_args()
     try:
-        absent = missing()
-        if absent is not None:
-            raise Unmeasured(absent)
-        with failing(), Node() as node:
-            node.start_containerd()
-            print(context(node), flush=True)
+        with measured_node() as node:
             ways, stacks = _measure(node, arguments.backend, arguments.starts, arguments.mappings)
     except Unmeasured as reason:
         print(f"flame: {reason}", file=sys.stderr)

@@ -63,6 +63,18 @@ def failing() -> Iterator[None]:
         raise Unmeasured(" ".join(str(error).split())) from error
 
 
+@contextlib.contextmanager
+def measured_node() -> Iterator[Node]:
+    """Make a node with a containerd, and say on what is measured. Raises ``Unmeasured``, whatever goes wrong."""
+    reason = missing()
+    if reason is not None:
+        raise Unmeasured(reason)
+    with failing(), Node() as node:
+        node.start_containerd()
+        print(context(node), flush=True)
+        yield node
+
+
 def absent() -> str | None:
     """Return why nothing can be measured on this machine, None if it can."""
     found = missing() or dockerd.missing()
