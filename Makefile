@@ -44,8 +44,9 @@ bench: tools $(READY)  ## Measure ctrport beside portmap and dockerd, write docs
 crowd: tools $(READY)  ## Measure it on a node of 1000 containers (as root, 10 minutes)
 	@$(BIN)/python -m bench.crowd
 
-flame: tools $(READY)  ## Draw what a start event waits for: bench/event.svg (as root, 1 minute)
-	@$(BIN)/python -m bench.flame
+flame: tools $(READY)  ## Draw what a start event waits for, bench/event.svg, beside 10 mappings and 10,000 (as root, 3 minutes)
+	@$(BIN)/python -m bench.flame --mappings 10 10000
+	@$(BIN)/python -m bench.flame --mappings 10 10000 --backend iptables-nft --to bench/event-iptables.svg
 
 drift: tools $(READY)  ## Measure how soon lost rules are back, and what busy neighbours cost (as root, 1 minute)
 	@$(BIN)/python -m bench.drift

@@ -1,10 +1,11 @@
 """Where the time goes from a container's start event until the kernel holds its rules: a flame graph.
 
-    python -m bench.flame [--starts N] [--mappings N] [--backend NAME] [--to FILE]
+    python -m bench.flame [--starts N] [--mappings N ...] [--backend NAME] [--to FILE]
 
 Containers are started one after another on a node made of namespaces, beside as many mappings of another one as are
-asked for, and the daemon is looked at all along (see ``bench.sampled``). Exit status: 0 drawn, 1 it could not be
-measured, 2 bad usage.
+asked for, and the daemon is looked at all along (see ``bench.sampled``). With several such numbers each has a node of
+its own, the picture is of the first, and it is said how much longer it took beside the others. Exit status: 0 drawn, 1
+it could not be measured, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -13,18 +14,32 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.ground import CONTAINER_PORT, LONG_PATIENCE, PATIENCE, ROOT, SERVER, Unmeasured, measured_node
-from bench.sampled import BEFORE, MEANWHILE, WAITING
+from bench.ground import (
+    CONTAINER_PORT,
+    LONG_PATIENCE,
+    PATIENCE,
+    ROOT,
+    SERVER,
+    Unmeasured,
+    answers,
+    measured_node,
+    refuses,
+)
+from bench.sampled import BEFORE, MEANWHILE, SAMPLED, WAITING
 from bench.svg import Drawing, fitting
+from ctrport.reconcile import INTERVAL
 from embedded.host import end_process
 from embedded.node import Node
 from embedded.wait import eventually
 
 STARTS, MOST_STARTS = 40, 400
+#: Seconds between two starts: what comes faster is taken for a flood, and written together (see reconcile.BURST).
+PAUSE = 3 * INTERVAL
 #: The first of the host ports of the container that is there all along.
 FIRST, MOST_MAPPINGS = 20_000, 20_000
 PICTURE = ROOT / "bench" / "event.svg"
@@ -64,25 +79,46 @@ def main() -> int:
     """Measure, draw, and return the exit status."""
     parser = argparse.ArgumentParser(prog="flame", description="Draw where the time of one event goes.")
     parser.add_argument("--starts", type=int, default=STARTS, choices=range(1, MOST_STARTS + 1), metavar="N")
-    parser.add_argument("--mappings", type=int, default=0, choices=range(MOST_MAPPINGS + 1), metavar="N")
+    parser.add_argument(
+        "--mappings", type=int, default=[10], nargs="+", choices=range(1, MOST_MAPPINGS + 1), metavar="N"
+    )
     parser.add_argument("--backend", default="nftables", choices=("nftables", "iptables-nft"))
     parser.add_argument("--to", type=Path, default=PICTURE, metavar="FILE")
     arguments = parser.parse_args()
+    ways: list[Box] = []
     try:
-        with measured_node() as node:
-            ways, stacks = _measure(node, arguments.backend, arguments.starts, arguments.mappings)
+        for mappings in arguments.mappings:
+            with measured_node() as node:
+                count, stacks = _measure(node, arguments.backend, arguments.starts, mappings)
+            ways.append(boxes(stacks, count))
+            print(f"{arguments.backend}, beside {mappings} mappings, the mean of {count} starts:")
+            _say(ways[-1])
     except Unmeasured as reason:
         print(f"flame: {reason}", file=sys.stderr)
         return 1
-    box = boxes(stacks, ways)
-    named = arguments.backend
-    beside = f", beside {arguments.mappings} mappings" if arguments.mappings else ""
-    title = f"One event's way: {box.milliseconds:.1f} ms from containerd's start event to the rules ({named}{beside})"
-    arguments.to.write_text(picture(box, title, f"the mean of {ways} starts"))
-    for name, above in sorted(_flat(box).items(), key=lambda each: -each[1])[:25]:
-        print(f"{above:8.2f} ms  {name}")
-    print(f"{box.milliseconds:8.2f} ms in all, the mean of {ways} starts: {arguments.to}")
+    for mappings, way in zip(arguments.mappings[1:], ways[1:], strict=True):
+        whole, own = (part(way) / part(ways[0]) for part in (_whole, _own))
+        print(f"beside {mappings} mappings: {whole:.2f} times as long in all, {own:.2f} times in the daemon itself")
+    title = f"One event's way: {_whole(ways[0]):.1f} ms from containerd's start event to the rules ({arguments.backend}"
+    remark = f"the mean of {arguments.starts} starts"
+    arguments.to.write_text(picture(ways[0], f"{title}, beside {arguments.mappings[0]} mappings)", remark))
     return 0
+
+
+def _say(way: Box) -> None:
+    for name, milliseconds in sorted(_flat(way).items(), key=lambda each: -each[1])[:12]:
+        print(f"{milliseconds:8.2f} ms  {name}")
+    print(f"{_whole(way):8.2f} ms in all, {_own(way):.2f} ms of it in the daemon itself", flush=True)
+
+
+def _whole(way: Box) -> float:
+    return way.milliseconds
+
+
+def _own(way: Box) -> float:
+    """Return what the daemon itself took: all but the event's way to it, what it waited for, and the looks at it."""
+    others = (BEFORE, WAITING)
+    return sum(own for name, own in _flat(way).items() if name not in others and not name.startswith("bench."))
 
 
 def _measure(node: Node, backend: str, starts: int, mappings: int) -> tuple[int, Stacks]:
@@ -93,7 +129,7 @@ def _measure(node: Node, backend: str, starts: int, mappings: int) -> tuple[int,
     config.write_text(
         f"firewall: {{backend: {backend}}}\npublish:\n"
         f"  - match: {{namespace: default, container: neighbour}}\n    ports: [{ports}]\n"
-        f'  - match: {{namespace: default, container: "web-*"}}\n    ports: ["8080:{CONTAINER_PORT}"]\n'
+        f'  - match: {{namespace: default, container: "{SAMPLED}*"}}\n    ports: ["8080:{CONTAINER_PORT}"]\n'
     )
     seen, log = node.directory / "seen.json", node.directory / "ctrport.log"
     argv = (sys.executable, "-m", "bench.sampled", str(seen), "run", "--config", str(config))
@@ -117,11 +153,11 @@ def _measure(node: Node, backend: str, starts: int, mappings: int) -> tuple[int,
     count = max(1, mappings)
     eventually(lambda: len(active()) >= count, within=LONG_PATIENCE, what=f"{count} publications")
     for number in range(starts):
-        id = f"web-{number}"
-        container = node.start(id, command=SERVER)
-        eventually(lambda: id in active(), within=PATIENCE, what=f"{id} being published")  # noqa: B023 - called at once
+        container = node.start(f"{SAMPLED}{number}", command=SERVER)
+        answers(node, 8080)  # of thousands the status is written seldom
         node.delete(container)
-        eventually(lambda: id not in active(), within=PATIENCE, what=f"{id} being withdrawn")  # noqa: B023
+        refuses(node, 8080)
+        time.sleep(PAUSE)
     end_process(daemon, within=PATIENCE)
     found = json.loads(seen.read_text())
     if not found["ways"]:

@@ -28,6 +28,8 @@ from ctrport.reconcile import Reconciler
 
 #: Seconds between two looks. Each wakes the event loop, so that the way gets some percent longer.
 INTERVAL = 0.001
+#: How the names of the containers begin whose start events are looked at: there may be one with thousands of mappings.
+SAMPLED = "web-"
 #: What else than code is on the stacks.
 BEFORE = "the event is on its way: shim, containerd, gRPC"
 WAITING, MEANWHILE = "(waiting)", "(meanwhile)"
@@ -125,7 +127,7 @@ def install(sampler: Sampler) -> None:
 
     def reading(envelope: events_pb2.Envelope) -> taskevents.TaskEvent | None:
         event = read(envelope)
-        if event is not None and event.topic == "/tasks/start":
+        if event is not None and event.topic == "/tasks/start" and event.key.id.startswith(SAMPLED):
             sampler.begin(envelope.timestamp.seconds + envelope.timestamp.nanos / 1e9)
         return event
 
