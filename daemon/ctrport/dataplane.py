@@ -309,6 +309,9 @@ class Dataplane:
         for other in self._others:
             try:
                 plans = await other.plan_removal()
+                # Its guard goes with its rules, and nobody else would know any more whose doing the switch was.
+                needed = {record.device for record in _records(self._wanted)}
+                _switch_off(record for record in other.localnet_records if record.device not in needed)
                 for plan in plans:
                     await other.apply(plan)
                 if any(plans):
@@ -454,9 +457,7 @@ async def remove_everything(firewall: Firewall) -> bool:
     Needs no config: rules are known by their tags, whatever their chains are called. Raises ``FirewallError``.
     """
     plan, guard = await firewall.plan_removal()
-    for record in firewall.localnet_records:
-        if record.ours:
-            _switch(record.device, False)
+    _switch_off(firewall.localnet_records)
     try:
         await firewall.apply(plan)
         await firewall.apply(guard)
@@ -472,6 +473,13 @@ def _sorted(addresses: Iterable[Address]) -> list[Address]:
 def _switch(device: str, on: bool) -> None:
     with _errors(device, "switched"):
         localnet.switch(device, on)
+
+
+def _switch_off(records: Iterable[LocalnetRecord]) -> None:
+    """Put ``route_localnet`` back where it was off before; to be called before the guard goes."""
+    for record in records:
+        if record.ours:
+            _switch(record.device, False)
 
 
 def _is_on(device: str) -> bool:

@@ -17,8 +17,11 @@ import pytest
 from ctrport import conntrack, localnet
 from ctrport.conntrack import Closed, ConntrackError, Opened
 from ctrport.dataplane import Dataplane, remove_everything
-from ctrport.firewall import FirewallError
+from ctrport.firewall import AnyPlan, Firewall, FirewallError
+from ctrport.firewall.door import Door
 from ctrport.firewall.fake import Chains, MemoryKernel
+from ctrport.firewall.fake_table import MemoryTable
+from ctrport.firewall.nftables import OwnTable
 from ctrport.firewall.tables import Tables
 from ctrport.model import Address, Count, Family, NodeFacts, Publication, State, Unread
 from ctrport.owners import owner_of
@@ -289,6 +292,47 @@ def test_what_a_daemon_left_behind_is_taken_away_by_the_next(ground: Ground, bef
         assert ground.switched() == before
         assert ground.rules(Table.RAW, "PREROUTING") == []
         assert "172.17.0.2" not in "".join(ground.rules(Table.NAT, "DOCKER"))
+
+    run(work)
+
+
+@pytest.mark.parametrize("localhost", [True, False])
+@pytest.mark.parametrize("still", [True, False])
+@pytest.mark.parametrize("before", ["0", "1"])
+@pytest.mark.parametrize(("backend", "next_backend"), [("tables", "own table"), ("own table", "tables")])
+def test_a_change_of_backend_leaves_no_switch_on_without_its_guard(
+    ground: Ground, backend: str, next_backend: str, before: str, still: bool, localhost: bool
+) -> None:
+    ground.switch("docker0", before)
+    own, seen = MemoryTable(), list[str]()
+
+    def firewall(backend: str, layout: Layout) -> Firewall:
+        if backend == "tables":
+            return Tables(ground.kernel, layout)
+        return OwnTable(own, layout, [Door(MemoryKernel(), layout)])
+
+    async def work() -> None:
+        first = Dataplane({Family.IPV4: firewall(backend, ground.layout)}, ground.layout)
+        await first.start()
+        await first.follow(came(WEB), NODE)
+        layout = replace(ground.layout, localhost=localhost)
+        left = firewall(backend, layout)
+        apply = left.apply
+
+        async def applied(plan: AnyPlan) -> None:
+            seen.append(ground.switched())
+            await apply(plan)
+
+        left.apply = applied  # type: ignore[method-assign]
+        second = Dataplane({Family.IPV4: firewall(next_backend, layout)}, layout, others=[left])
+        await second.start()
+        await second.follow(came(WEB) if still else [], NODE)
+        await second.sweep()
+        needed = still and localhost
+        assert ground.switched() == ("1" if needed else before)
+        assert set(seen) == {ground.switched()}  # off before the guard goes, and on all the while where it is needed
+        await second.follow(went(WEB) if still else [], NODE)
+        assert ground.switched() == before
 
     run(work)
 
