@@ -14,7 +14,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from . import netlink, systemd
@@ -122,6 +122,8 @@ class Reconciler:
         self._looking = Backoff(RETRY, TICK)
         self._lost = False  # whether containerd was there and is not now
         self._told_in_line = False
+        # The publications before, where all begins anew: what is as it was is not told again.
+        self._told_before: list[Publication] | None = None
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
         self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
@@ -210,7 +212,10 @@ class Reconciler:
         self._account.reloaded_at = time.time()
 
     async def _change_config(self, config: Config) -> None:
-        """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
+        """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too.
+
+        And ``OSError`` where this process may not so much as open a file: then all has to be looked at again first.
+        """
         self._taken_up = config
         try:
             await self._take_up(config)
@@ -236,11 +241,14 @@ class Reconciler:
         self._ground = ground
         self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
         self._reloaded()
-        told = list(self._survey.publications)
+        self._told_before = list(self._survey.publications)
         try:
             await self._survey.use(config, ground.firewalls)
-        finally:
-            await self._settle(mend=True, told=told)
+        except ContainerdError:
+            await self._settle(mend=True)  # by what is known to run
+            raise
+        # After an OSError nothing is decided yet: some of what runs was not looked at, and its ports would be closed.
+        await self._settle(mend=True)
         await self._dataplane.sweep()
         log.info(Event("reloaded", **self._account.counted()))
 
@@ -405,14 +413,8 @@ class Reconciler:
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
-    async def _settle(
-        self, *, mend: bool = False, since: float | None = None, told: Sequence[Publication] | None = None
-    ) -> None:
-        """Decide, and make the kernel follow.
-
-        ``since`` is when the first event came that led here. ``told`` are the publications before, where all begins
-        anew: what is as it was is not told again.
-        """
+    async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
+        """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         self._tell_of_node()
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
@@ -437,6 +439,7 @@ class Reconciler:
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
+        told, self._told_before = self._told_before, None
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
         if self._account.revisions != self._survey.revisions:
