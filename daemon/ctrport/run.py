@@ -170,15 +170,23 @@ def _declared(config: Config, path: str) -> Event:
 
 
 async def _ground(config: Config, reservations: Reservations, tally: Tally) -> tuple[Ground, Event]:
-    """Make ready what a configuration is carried out with; return what there is to say of it, too."""
+    """Make ready what a configuration is carried out with; return what there is to say of it, too.
+
+    Raises ``FirewallError`` where it cannot be told what that is, and ``OSError`` where no more files may be open.
+    """
     choice = await choose(config.firewall.backend)
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
     reservations.limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
     if reservations.limit < config.firewall.reserve_limit:
         log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
-    others = await others_than(choice.backend, shape, alarm)
+    try:
+        its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
+        others = await others_than(choice.backend, shape, alarm)
+    except BaseException:
+        if alarm is not None:
+            alarm.close()
+        raise
     found = Event(
         "firewall",
         backend=choice.backend,
