@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,9 +26,15 @@ class Unreadable(Exception):
 def load(path: str) -> Config:
     """Return the configuration of the file at ``path`` and the parts beside it.
 
-    Raises ``ConfigError`` with every problem they have, or ``Unreadable``.
+    Raises ``ConfigError`` with every problem they have, or ``Unreadable``. What has not changed since the last time is
+    not checked again.
     """
     (_, text), *parts = _texts(path)
+    return _parsed(text, path, tuple(parts))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str, path: str, parts: tuple[tuple[str, str], ...]) -> Config:
     return parse(text, path, parts)
 
 
@@ -66,7 +73,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 async def changes(path: str) -> AsyncIterator[None]:
-    """Yield whenever the files of the configuration at ``path`` have changed, or cannot be read. Raises ``OSError``."""
+    """Yield whenever the files of the configuration at ``path`` have changed, or cannot be read. Raises ``OSError``.
+
+    And at first, when they are watched: what changed since they were read last was announced to nobody.
+    """
     directory = Path(path).parent
     watching = _checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     changed = asyncio.Event()
@@ -82,6 +92,7 @@ async def changes(path: str) -> AsyncIterator[None]:
     try:
         _checked(_LIBC.inotify_add_watch(watching, os.fsencode(directory), _ANY_CHANGE | _ONLY_DIRECTORY))
         before = _texts_if_any(path)
+        yield
         while True:
             # It may have come just now, and is followed to where it is then.
             _LIBC.inotify_add_watch(watching, os.fsencode(directory / PARTS), _ANY_CHANGE | _ONLY_DIRECTORY)

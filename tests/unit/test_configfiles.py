@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,23 @@ def test_parts_are_taken_in_the_order_of_their_names_and_hidden_ones_are_not(tmp
     assert ports == ["1:1/tcp", "2:2/tcp"]
 
 
+async def watched(path: Path) -> AsyncIterator[None]:
+    """Return what tells of changes, from now on."""
+    told = changes(str(path))
+    await asyncio.wait_for(told.__anext__(), 5)
+    return told
+
+
+@pytest.mark.asyncio
+async def test_what_changed_before_anybody_watched_is_told_of(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("publish: []")
+    before = load(str(path))
+    path.write_text("firewall: {localhost: false}")
+    await watched(path)  # ends only if it tells of that
+    assert load(str(path)) != before
+
+
 @pytest.mark.asyncio
 async def test_a_change_is_told_of_the_files_of_the_configuration_and_of_none_beside_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -56,7 +73,7 @@ async def test_a_change_is_told_of_the_files_of_the_configuration_and_of_none_be
     monkeypatch.setattr(configfiles, "PAUSE", 0.005)
     config, beside = tmp_path / "config.yaml", tmp_path / "log"
     config.write_text("publish: []")
-    told = changes(str(config))
+    told = await watched(config)
     change = asyncio.ensure_future(told.__anext__())
     for _ in range(2):
         beside.write_text("something")
@@ -77,7 +94,7 @@ async def test_what_is_written_in_pieces_is_told_when_it_is_whole(
     monkeypatch.setattr(configfiles, "PAUSE", 0.5)
     path = tmp_path / "config.yaml"
     path.write_text("publish: []")
-    told = changes(str(path))
+    told = await watched(path)
     change = asyncio.ensure_future(told.__anext__())
     await asyncio.sleep(0)
     (tmp_path / "swap").write_text("as an editor has it")
