@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -105,3 +107,79 @@ async def test_what_is_written_in_pieces_is_told_when_it_is_whole(
             await asyncio.sleep(0.02)  # more than a pause in all
             assert not change.done()
     await asyncio.wait_for(change, 5)
+
+
+def renamed(directory: Path, other: Path) -> None:
+    directory.rename(directory.with_name("old"))
+    other.rename(directory)
+
+
+def made_anew(directory: Path, other: Path) -> None:
+    shutil.rmtree(directory)
+    directory.mkdir()
+    (directory / "config.yaml").write_text((other / "config.yaml").read_text())
+
+
+def linked(directory: Path, other: Path) -> None:
+    link = directory.with_name("link")
+    link.symlink_to(other)
+    link.rename(directory)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("exchange", [renamed, made_anew, linked])
+async def test_a_directory_that_is_exchanged_is_watched_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: Callable[[Path, Path], None]
+) -> None:
+    monkeypatch.setattr(configfiles, "PAUSE", 0.005)
+    directory, first, other = tmp_path / "ctrport", tmp_path / "first", tmp_path / "other"
+    for made in (first, other):
+        made.mkdir()
+        (made / "config.yaml").write_text(f"# {made.name}")
+    if exchange is linked:
+        directory.symlink_to(first)
+    else:
+        first.rename(directory)
+    config = directory / "config.yaml"
+    told = await watched(config)
+    exchange(directory, other)
+    await until(told, lambda: config.exists() and config.read_text() == "# other")
+    config.write_text("# changed")
+    await until(told, lambda: config.read_text() == "# changed")
+    (directory / "conf.d").mkdir()
+    (directory / "conf.d" / "part.yaml").write_text("# a part")
+    await asyncio.wait_for(told.__anext__(), 5)
+
+
+async def until(told: AsyncIterator[None], condition: Callable[[], bool]) -> None:
+    """Wait until it is told of a change, and of as many as it takes until there is what is waited for."""
+    while True:
+        await asyncio.wait_for(told.__anext__(), 5)
+        if condition():
+            return
+
+
+@pytest.mark.asyncio
+async def test_a_directory_that_was_exchanged_is_watched_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(configfiles, "PAUSE", 0.005)
+    directory = tmp_path / "ctrport"
+    directory.symlink_to(tmp_path / "0")
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.yaml").write_text(f"# {number}")
+    told = await watched(directory / "config.yaml")
+    for number in range(1, 5):
+        linked(directory, tmp_path / str(number))
+        await asyncio.wait_for(told.__anext__(), 5)
+    assert watches_beside(tmp_path) == 2  # where it is now, and the names beside it
+
+
+def watches_beside(directory: Path) -> int:
+    """How many directories this process watches by what watches this one."""
+    for file in Path("/proc/self/fdinfo").iterdir():
+        with contextlib.suppress(OSError):  # it was open for the listing
+            if f"ino:{directory.stat().st_ino:x} " in (text := file.read_text()):
+                return text.count("inotify wd:")
+    return 0
