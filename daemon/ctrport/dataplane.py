@@ -87,7 +87,7 @@ class Dataplane:
         self._wanted = Ruleset(standing)
         self._node = NodeFacts(frozenset(), frozenset())
         self._active: dict[str, Publication] = {}
-        self._former: dict[str, Publication] = {}  # of the one before, until the kernel has followed
+        self._former: dict[str, Publication] = {}  # of those before, until the kernel has followed
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
         self._holdings = Holdings(Reservations(0) if reservations is None else reservations)
         self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
@@ -101,7 +101,7 @@ class Dataplane:
 
     def succeed(self, before: Dataplane) -> None:
         """Take over what another one has brought about with the same reservations, to go on from there."""
-        self._former = dict(before._active)
+        self._former = before._former | before._active
         self._holdings.succeed(before._holdings, before._active)
         self._hairpins_ours = set(before._hairpins_ours)
         self.complaint = before.complaint

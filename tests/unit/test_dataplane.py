@@ -528,6 +528,25 @@ def test_flows_that_could_not_be_looked_at_are_looked_at_again(ground: Ground) -
     run(work)
 
 
+def test_flows_of_what_was_published_before_two_reloads_are_closed(ground: Ground) -> None:
+    [here] = WEB.attachments
+
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow(came(WEB), NODE)
+        await dataplane.drop_stale_flows()
+        for _ in range(2):  # nothing of the first was followed
+            before, dataplane = dataplane, ground.dataplane()
+            await dataplane.start()
+            dataplane.succeed(before)
+        await dataplane.follow([], NODE)
+        await dataplane.drop_stale_flows()
+        assert Closed(WEB.mapping, here) in ground.dropped[-1]
+
+    run(work)
+
+
 def test_the_next_change_does_not_wait_for_flows(ground: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
     let_go = asyncio.Event()
 
