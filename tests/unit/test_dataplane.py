@@ -372,6 +372,23 @@ def test_drift_is_mended_and_told(ground: Ground) -> None:
     run(work)
 
 
+def test_a_forward_that_begins_to_drop_is_no_drift_of_ours(ground: Ground) -> None:
+    kernel, layout = MemoryKernel(), Layout(localhost=False)
+
+    async def work() -> None:
+        dataplane = Dataplane({Family.IPV4: OwnTable(MemoryTable(), layout, [Door(kernel, layout)])}, layout)
+        await dataplane.start()
+        await dataplane.follow(came(WEB), NODE)
+        for policy, rules in (("DROP", 1), ("ACCEPT", 0), ("DROP", 1)):
+            kernel.policies[Table.FILTER, "FORWARD"] = policy
+            assert str(await dataplane.follow([], NODE, mend=True)) == ""
+            assert len(kernel.tables[Table.FILTER]["FORWARD"]) == rules
+        kernel.tables[Table.FILTER]["FORWARD"].clear()
+        assert str(await dataplane.follow([], NODE, mend=True)) == "1 rule gone (the jumps of FORWARD)"
+
+    run(work)
+
+
 def test_flows_are_looked_at_after_the_rules_and_once(ground: Ground) -> None:
     [here] = WEB.attachments
 
