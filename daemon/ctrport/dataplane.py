@@ -127,6 +127,10 @@ class Dataplane:
                 # Both families say it; and ports are chosen upwards, so the first goes to who asks first.
                 self.chosen[its.container, its.mapping] = tuple(sorted({*before, its.bound.host_ports}))
 
+    def hold_at_most(self, limit: int) -> None:
+        """Have no more host ports than so many held by sockets."""
+        self._holdings.hold_at_most(limit)
+
     def reserve(self, changes: Sequence[Change]) -> list[Holder]:
         """Have the host ports of what is to be active held by sockets; return who holds those that were not had."""
         held: list[Holder] = []

@@ -30,6 +30,10 @@ class Holdings:
         self._remarks = dict(before._remarks)
         self._vacated = {*active, *before._vacated, *before._fresh}
 
+    def hold_at_most(self, limit: int) -> None:
+        """Have no more ports held than so many."""
+        self._reservations.limit = limit
+
     def have(self, publication: Publication, is_active: bool, chosen: Chosen) -> list[Holder]:
         """Have the host ports of a publication held; return who holds those that were not had.
 
