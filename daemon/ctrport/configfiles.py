@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,9 +26,15 @@ class Unreadable(Exception):
 def load(path: str) -> Config:
     """Return the configuration of the file at ``path`` and the parts beside it.
 
-    Raises ``ConfigError`` with every problem they have, or ``Unreadable``.
+    Raises ``ConfigError`` with every problem they have, or ``Unreadable``. What has not changed since the last time is
+    not checked again.
     """
     (_, text), *parts = _texts(path)
+    return _parsed(text, path, tuple(parts))
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(text: str, path: str, parts: tuple[tuple[str, str], ...]) -> Config:
     return parse(text, path, parts)
 
 
@@ -60,14 +67,22 @@ def _text(path: Path) -> str:
 # linux/inotify.h. Directories are watched, not files: who writes a new version mostly renames it into place, and the
 # files of a Kubernetes ConfigMap are links to others whose directory is exchanged.
 _MODIFY, _CLOSE_WRITE, _MOVED_FROM, _MOVED_TO, _CREATE, _DELETE = 0x2, 0x8, 0x40, 0x80, 0x100, 0x200
-_ANY_CHANGE = _MODIFY | _CLOSE_WRITE | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
-_ONLY_DIRECTORY = 0x01000000
+_DELETE_SELF, _MOVE_SELF = 0x400, 0x800
+_ANY_NAME = _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
+_ANY_CHANGE = _ANY_NAME | _MODIFY | _CLOSE_WRITE | _DELETE_SELF | _MOVE_SELF
+_ONLY_DIRECTORY, _MASK_ADD = 0x01000000, 0x20000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 async def changes(path: str) -> AsyncIterator[None]:
-    """Yield whenever the files of the configuration at ``path`` have changed, or cannot be read. Raises ``OSError``."""
-    directory = Path(path).parent
+    """Yield whenever the files of the configuration at ``path`` have changed, or cannot be read. Raises ``OSError``.
+
+    And at first, when they are watched: what changed since they were read last was announced to nobody.
+
+    Their directory may be exchanged for another, or be a link that is: the names beside it are watched, too, and none
+    above.
+    """
+    places = _places(path)
     watching = _checked(_LIBC.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
     changed = asyncio.Event()
 
@@ -77,20 +92,29 @@ async def changes(path: str) -> AsyncIterator[None]:
                 pass  # what it was is seen by reading the files
         changed.set()
 
+    def watch(place: Path) -> int:
+        # Two of them may be the same, by a link.
+        its = _LIBC.inotify_add_watch(watching, os.fsencode(place), places[place] | _ONLY_DIRECTORY | _MASK_ADD)
+        return int(its)
+
     loop = asyncio.get_running_loop()
     loop.add_reader(watching, seen)
     try:
-        _checked(_LIBC.inotify_add_watch(watching, os.fsencode(directory), _ANY_CHANGE | _ONLY_DIRECTORY))
+        _checked(watch(next(iter(places))))
+        watched = set(map(watch, places))
         before = _texts_if_any(path)
+        yield
         while True:
-            # It may have come just now, and is followed to where it is then.
-            _LIBC.inotify_add_watch(watching, os.fsencode(directory / PARTS), _ANY_CHANGE | _ONLY_DIRECTORY)
             await changed.wait()
             for _ in range(MOST_PAUSES):  # what is read before it was written to its end may be another that is valid
                 changed.clear()
                 await asyncio.sleep(PAUSE)
                 if not changed.is_set():
                     break
+            # Each is watched where it is now, before it is read: it may have come just now, or be another.
+            before_that, watched = watched, set(map(watch, places))
+            for another in before_that - watched:
+                _LIBC.inotify_rm_watch(watching, another)
             # Other files may be written beside these all the time, and to check thousands of lines takes seconds.
             now = _texts_if_any(path)
             if now is None or now != before:
@@ -99,6 +123,14 @@ async def changes(path: str) -> AsyncIterator[None]:
     finally:
         loop.remove_reader(watching)
         os.close(watching)
+
+
+def _places(path: str) -> dict[Path, int]:
+    """Return the directories to watch for the file at ``path``, its own first, each with what for."""
+    directory = Path(path).absolute().parent
+    places = {directory: _ANY_CHANGE, directory / PARTS: _ANY_CHANGE}
+    places.setdefault(directory.parent, _ANY_NAME)
+    return places
 
 
 def _texts_if_any(path: str) -> list[tuple[str, str]] | None:

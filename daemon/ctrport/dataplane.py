@@ -87,7 +87,7 @@ class Dataplane:
         self._wanted = Ruleset(standing)
         self._node = NodeFacts(frozenset(), frozenset())
         self._active: dict[str, Publication] = {}
-        self._former: dict[str, Publication] = {}  # of the one before, until the kernel has followed
+        self._former: dict[str, Publication] = {}  # of those before, until the kernel has followed
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
         self._holdings = Holdings(Reservations(0) if reservations is None else reservations)
         self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
@@ -101,7 +101,7 @@ class Dataplane:
 
     def succeed(self, before: Dataplane) -> None:
         """Take over what another one has brought about with the same reservations, to go on from there."""
-        self._former = dict(before._active)
+        self._former = before._former | before._active
         self._holdings.succeed(before._holdings, before._active)
         self._hairpins_ours = set(before._hairpins_ours)
         self.complaint = before.complaint
@@ -126,6 +126,10 @@ class Dataplane:
                 before = self.chosen.get((its.container, its.mapping), ())
                 # Both families say it; and ports are chosen upwards, so the first goes to who asks first.
                 self.chosen[its.container, its.mapping] = tuple(sorted({*before, its.bound.host_ports}))
+
+    def hold_at_most(self, limit: int) -> None:
+        """Have no more host ports than so many held by sockets."""
+        self._holdings.hold_at_most(limit)
 
     def reserve(self, changes: Sequence[Change]) -> list[Holder]:
         """Have the host ports of what is to be active held by sockets; return who holds those that were not had."""
@@ -309,6 +313,9 @@ class Dataplane:
         for other in self._others:
             try:
                 plans = await other.plan_removal()
+                # Its guard goes with its rules, and nobody else would know any more whose doing the switch was.
+                needed = {record.device for record in _records(self._wanted)}
+                _switch_off(record for record in other.localnet_records if record.device not in needed)
                 for plan in plans:
                     await other.apply(plan)
                 if any(plans):
@@ -454,9 +461,7 @@ async def remove_everything(firewall: Firewall) -> bool:
     Needs no config: rules are known by their tags, whatever their chains are called. Raises ``FirewallError``.
     """
     plan, guard = await firewall.plan_removal()
-    for record in firewall.localnet_records:
-        if record.ours:
-            _switch(record.device, False)
+    _switch_off(firewall.localnet_records)
     try:
         await firewall.apply(plan)
         await firewall.apply(guard)
@@ -472,6 +477,13 @@ def _sorted(addresses: Iterable[Address]) -> list[Address]:
 def _switch(device: str, on: bool) -> None:
     with _errors(device, "switched"):
         localnet.switch(device, on)
+
+
+def _switch_off(records: Iterable[LocalnetRecord]) -> None:
+    """Put ``route_localnet`` back where it was off before; to be called before the guard goes."""
+    for record in records:
+        if record.ours:
+            _switch(record.device, False)
 
 
 def _is_on(device: str) -> bool:

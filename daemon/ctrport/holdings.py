@@ -23,9 +23,16 @@ class Holdings:
         self._vacated: set[str] = set()  # to be let go when the rules are gone
 
     def succeed(self, before: Holdings, active: Iterable[str]) -> None:
-        """Go on with what another one has; of who was ``active`` there what is not wanted again is vacated."""
+        """Go on with what another one has; of who was ``active`` there what is not wanted again is vacated.
+
+        And what was to be let go there, or was had for nobody, where that one never came to it.
+        """
         self._remarks = dict(before._remarks)
-        self._vacated = set(active)
+        self._vacated = {*active, *before._vacated, *before._fresh}
+
+    def hold_at_most(self, limit: int) -> None:
+        """Have no more ports held than so many."""
+        self._reservations.limit = limit
 
     def have(self, publication: Publication, is_active: bool, chosen: Chosen) -> list[Holder]:
         """Have the host ports of a publication held; return who holds those that were not had.

@@ -250,6 +250,16 @@ class Endpoint:
         """Return the attachment of that family, or None where the container has none."""
         return next((a for a in self.attachments if Family.of(a.address) is family), None)
 
+    @property
+    def families(self) -> frozenset[Family]:
+        """The families that the container has an attachment of."""
+        return frozenset(Family.of(a.address) for a in self.attachments)
+
+    def completed_by(self, other: Endpoint) -> Endpoint:
+        """Return this with the attachments of ``other`` that are of a family it has none of; IPv4 comes first."""
+        more = (a for a in other.attachments if Family.of(a.address) not in self.families)
+        return Endpoint(tuple(sorted((*self.attachments, *more), key=lambda a: a.address.version)))
+
 
 class State(str, enum.Enum):
     """What became of a publication.

@@ -124,6 +124,11 @@ class Publications:
         """Return what it was last told of a container."""
         return self._candidates.get(key)
 
+    def families(self, key: ContainerKey) -> frozenset[Family]:
+        """Return the families in which a container it was told of is to be published, as its mappings say."""
+        mappings = (mapping for _, mapping, _ in self._keys.get(key, ()) if isinstance(mapping, Mapping))
+        return frozenset(family for mapping in mappings for family in mapping.families)
+
     def wants(self, container: Container) -> bool:
         """Whether some declaration matches, or is its own: what nobody declares needs no endpoint."""
         return (

@@ -14,7 +14,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from . import netlink, systemd
@@ -25,7 +25,7 @@ from .connections import Counts
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .events import Event
-from .firewall import Firewall, FirewallError
+from .firewall import Firewall, FirewallError, ForeignChain, ForeignTable, Unusable
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication
@@ -52,15 +52,27 @@ MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.005
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
+#: Seconds until a configuration that was refused for what may pass is tried again at the latest.
+LATEST_RELOAD = 60.0
+
+#: Why a configuration that came is not in use yet.
+WAITS = "the new one waits until containerd answers and the node can be looked at"
+
+#: What a configuration is refused for until it or the node is changed by somebody.
+LASTING = (ForeignChain, ForeignTable, Unusable)
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What a configuration is carried out with: the tables of each family, and who tells when others write there."""
+    """What a configuration is carried out with: the tables of each family, and who tells when others write there.
+
+    ``reserve_limit`` is how many host ports may be held by sockets.
+    """
 
     firewalls: Mapping[Family, Firewall]
     dataplane: Dataplane
     alarm: Alarm | None
+    reserve_limit: int
 
     async def close(self) -> None:
         """Give up what it holds, but no rules and no host ports."""
@@ -108,6 +120,9 @@ class Reconciler:
         self._on_turn = on_turn
         self._next_config: Config | None = None
         self._taken_up: Config | None = None  # that which is being taken up now
+        self._stayed = False  # whether the files have become ones that cannot be used since
+        self._reload_at, self._reloading = 0.0, Backoff(RETRY, LATEST_RELOAD)
+        self._follows = False  # whether its loop comes round to take one up
         self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
         self._others_wrote = True
@@ -122,6 +137,8 @@ class Reconciler:
         self._looking = Backoff(RETRY, TICK)
         self._lost = False  # whether containerd was there and is not now
         self._told_in_line = False
+        # The publications before, where all begins anew: what is as it was is not told again.
+        self._told_before: list[Publication] | None = None
         self._complaint = ""  # of the dataplane's, as it was last shown
         self._told: tuple[dict[str, str], tuple[str, ...]] = ({}, ())  # what is amiss with the node, and the warnings
         self._turns, self._at_rest = 0, asyncio.Event()  # how many are under way
@@ -179,12 +196,25 @@ class Reconciler:
         """Use another configuration from the next turn on; what is the same in both is not touched."""
         in_use = self._survey.config if self._taken_up is None else self._taken_up
         self._next_config = None if config == in_use else config
+        self._stayed = False
+        self._reload_at = 0.0
+        self._reloading.reset()
         if self._next_config is None:
             self._taken_back()
-        elif self._account.stale:
-            self._account.stale = ""
-            self._tell()
+        else:
+            self._say_stale("" if self._follows else WAITS)
         self._wake.set()
+
+    def _say_stale(self, reason: str) -> None:
+        if self._account.stale != reason:
+            self._account.stale = reason
+            self._tell()
+
+    def _stop_following(self) -> None:
+        """Until all is looked at again nothing is taken up; say so where something is to be."""
+        self._follows = False
+        if self._next_config is not None and not self._account.stale:
+            self._say_stale(WAITS)
 
     def _taken_back(self) -> None:
         """The files have again what is in use."""
@@ -195,7 +225,7 @@ class Reconciler:
 
     def stay(self, reason: str) -> None:
         """Go on with the configuration in use, as the one of the files cannot be, and say why."""
-        self._next_config = None
+        self._next_config, self._stayed = None, True
         self._refuse(reason)
 
     def _refuse(self, reason: str) -> None:
@@ -205,13 +235,24 @@ class Reconciler:
             log.error(Event("not-reloaded", reason=reason))
             self._tell()
 
+    def _refuse_for_now(self, config: Config, error: FirewallError | OSError) -> None:
+        """Refuse a configuration, and try it again later where that may pass, unless another came meanwhile."""
+        if self._stayed:
+            return
+        self._refuse(str(error))
+        if self._next_config is None and not isinstance(error, LASTING):
+            self._next_config, self._reload_at = config, time.monotonic() + self._reloading.pause()
+
     def _reloaded(self) -> None:
         self._tally.reloads += 1
         self._account.reloaded_at = time.time()
 
     async def _change_config(self, config: Config) -> None:
-        """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too."""
-        self._taken_up = config
+        """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too.
+
+        And ``OSError`` where this process may not so much as open a file: then all has to be looked at again first.
+        """
+        self._taken_up, self._stayed = config, False
         try:
             await self._take_up(config)
         finally:
@@ -229,18 +270,25 @@ class Reconciler:
         except (FirewallError, OSError) as error:
             if ground is not None:
                 await ground.close()
-            return self._refuse(str(error))
+            return self._refuse_for_now(config, error)
         before = self._ground
         await self._leave_ground()
         ground.dataplane.succeed(before.dataplane)
+        ground.dataplane.hold_at_most(ground.reserve_limit)
         self._ground = ground
         self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
         self._reloaded()
-        told = list(self._survey.publications)
+        self._reloading.reset()
+        if not self._stayed:
+            self._account.stale = ""
+        self._told_before = list(self._survey.publications)
         try:
             await self._survey.use(config, ground.firewalls)
-        finally:
-            await self._settle(mend=True, told=told)
+        except ContainerdError:
+            await self._settle(mend=True)  # by what is known to run
+            raise
+        # After an OSError nothing is decided yet: some of what runs was not looked at, and its ports would be closed.
+        await self._settle(mend=True)
         await self._dataplane.sweep()
         log.info(Event("reloaded", **self._account.counted()))
 
@@ -260,6 +308,7 @@ class Reconciler:
                     try:
                         await self._follow(reader)
                     finally:
+                        self._stop_following()
                         reader.cancel()
                         await asyncio.gather(reader, return_exceptions=True)
             except ContainerdError as error:
@@ -330,13 +379,15 @@ class Reconciler:
         await self._dataplane.prepare()
         gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
         ticks, next_tick = TICKS_TO_RESYNC, time.monotonic() + TICK
+        self._follows = True
         while not reader.done():
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
-            if self._next_config is not None:
+            if self._next_config is not None and time.monotonic() >= self._reload_at:
                 config, self._next_config = self._next_config, None
                 with self._turn("configuration"):
                     await self._change_config(config)
-            await self._woken(min(next_tick, self._due_at()))
+            reload_at = math.inf if self._next_config is None else self._reload_at
+            await self._woken(min(next_tick, self._due_at(), reload_at))
             if self._dirty or self._node_changed:
                 pause = self._pace.wait(time.monotonic())
                 if pause:
@@ -405,14 +456,8 @@ class Reconciler:
         publications.meet([*self._dataplane.still_held(publications.met), *taken])
         await self._settle(mend=everything or (self._dataplane.in_line and self._dataplane.switched_off()))
 
-    async def _settle(
-        self, *, mend: bool = False, since: float | None = None, told: Sequence[Publication] | None = None
-    ) -> None:
-        """Decide, and make the kernel follow.
-
-        ``since`` is when the first event came that led here. ``told`` are the publications before, where all begins
-        anew: what is as it was is not told again.
-        """
+    async def _settle(self, *, mend: bool = False, since: float | None = None) -> None:
+        """Decide, and make the kernel follow. ``since`` is when the first event came that led here."""
         self._tell_of_node()
         changes = self._decide()
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
@@ -437,6 +482,7 @@ class Reconciler:
             news = bool(drift) or (mend and grounds.since is None)
         if self._dataplane.transactions != transactions:
             self._pace.take(time.monotonic())
+        told, self._told_before = self._told_before, None
         self._chronicle.take(changes if told is None else self._chronicle.compared(told, changes), since)
         self._chronicle.tell(self._dataplane.remark, in_line=self._dataplane.in_line)
         if self._account.revisions != self._survey.revisions:

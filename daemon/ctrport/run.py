@@ -19,7 +19,7 @@ from .config import Config, ConfigError
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane, remove_everything
 from .endpoints import Endpoints
-from .events import Event
+from .events import Event, warn_once
 from .firewall import FirewallError
 from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
 from .firewall.backends import every_firewall, firewalls, others_than
@@ -126,6 +126,7 @@ async def _run(config: Config, path: str, directory: Path, lock: status.Lock) ->
 
     async with Containerd(config.containerd.address, tally) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
+        ground.dataplane.hold_at_most(ground.reserve_limit)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
         reservations.name_container = survey.container_of
         adopted = reservations.adopt(kept)
@@ -170,15 +171,23 @@ def _declared(config: Config, path: str) -> Event:
 
 
 async def _ground(config: Config, reservations: Reservations, tally: Tally) -> tuple[Ground, Event]:
-    """Make ready what a configuration is carried out with; return what there is to say of it, too."""
+    """Make ready what a configuration is carried out with; return what there is to say of it, too.
+
+    Raises ``FirewallError`` where it cannot be told what that is, and ``OSError`` where no more files may be open.
+    """
     choice = await choose(config.firewall.backend)
     # A port on both families takes two sockets. Those that do not fit would take the files that all else needs.
-    reservations.limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
-    if reservations.limit < config.firewall.reserve_limit:
-        log.warning("firewall.reserve_limit is %d: no more files may be open (LimitNOFILE)", reservations.limit)
+    limit = min(config.firewall.reserve_limit, allow_sockets(2 * config.firewall.reserve_limit) // 2)
+    if limit < config.firewall.reserve_limit:
+        warn_once(log, f"firewall.reserve_limit is {limit}: no more files may be open (LimitNOFILE)")
     shape, alarm = layout(config), _alarm(choice.backend, config.firewall.poll_interval)
-    its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
-    others = await others_than(choice.backend, shape, alarm)
+    try:
+        its = await firewalls(shape, choice.backend, alarm, tally.lock_waits.observe)
+        others = await others_than(choice.backend, shape, alarm)
+    except BaseException:
+        if alarm is not None:
+            alarm.close()
+        raise
     found = Event(
         "firewall",
         backend=choice.backend,
@@ -190,7 +199,7 @@ async def _ground(config: Config, reservations: Reservations, tally: Tally) -> t
         masquerade=config.firewall.masquerade,
         alarm="none: looked at once a minute" if alarm is None else alarm.how,
     )
-    return Ground(its, Dataplane(its, shape, reservations, others, tally), alarm), found
+    return Ground(its, Dataplane(its, shape, reservations, others, tally), alarm, limit), found
 
 
 async def _watch_files(path: str, reload: asyncio.Event) -> None:

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 ABREAST = 16
 #: Turns of the event loop until what was to be asked of containerd is on its way.
 STEPS_TO_ASK = 4
+#: How often ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its tick.
+LOOKS_FOR_MORE = 6
 
 
 class Survey:
@@ -48,6 +50,7 @@ class Survey:
         self._expected = Expected(containerd, finder)
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
+        self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -121,6 +124,7 @@ class Survey:
         # What is published is among it also where an earlier look broke off, which may have forgotten it already.
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
+        self._complete([candidate.container.key for candidate in self.publications.candidates])
 
     def expect(self, event: TaskEvent) -> None:
         """Take in what an event says of a container that is to start."""
@@ -213,8 +217,10 @@ class Survey:
         return container_of(cgroup, self._pods.running)
 
     def what_may_heal(self) -> None:
-        """Look at what has no endpoint yet and may get one without any event."""
+        """Look at what has no endpoint yet, or one in one family since lately, and may get it without any event."""
         self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
+        self._complete(self._young)
+        self._young = {key: left - 1 for key, left in self._young.items() if left > 1}
 
     def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
         """Find out what is to be known of these containers; None are those that do not run."""
@@ -257,7 +263,26 @@ class Survey:
             process = (known.container.pid, known.container.started)
             if process == (container.pid, container.started) and container.key not in self._early:
                 return known.endpoint  # the same process: its address does not change
+        self._young[container.key] = LOOKS_FOR_MORE
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
+
+    def _complete(self, keys: Iterable[ContainerKey]) -> None:
+        """Look for the other family of those that are to be served in both and were found in one alone.
+
+        A container may get an address by router advertisement when it runs already. What is known of it stands.
+        """
+        served = set(self._firewalls) & self.facts.forwarding
+        for key in keys:
+            known = self.publications.candidate(key)
+            if known is None or not isinstance(known.endpoint, Endpoint):
+                continue
+            if not (self.publications.families(key) & served) - known.endpoint.families:
+                continue
+            container = known.container
+            with contextlib.suppress(Gone):
+                found = self._endpoints.find(container.pid)
+                if isinstance(found, Endpoint) and endpoints.started(container.pid) == container.started:
+                    self.publications.update(key, replace(known, endpoint=known.endpoint.completed_by(found)))
 
     def _look_ahead(self, pids: Iterable[int]) -> None:
         self._ahead.clear()

@@ -17,8 +17,11 @@ import pytest
 from ctrport import conntrack, localnet
 from ctrport.conntrack import Closed, ConntrackError, Opened
 from ctrport.dataplane import Dataplane, remove_everything
-from ctrport.firewall import FirewallError
+from ctrport.firewall import AnyPlan, Firewall, FirewallError
+from ctrport.firewall.door import Door
 from ctrport.firewall.fake import Chains, MemoryKernel
+from ctrport.firewall.fake_table import MemoryTable
+from ctrport.firewall.nftables import OwnTable
 from ctrport.firewall.tables import Tables
 from ctrport.model import Address, Count, Family, NodeFacts, Publication, State, Unread
 from ctrport.owners import owner_of
@@ -293,6 +296,47 @@ def test_what_a_daemon_left_behind_is_taken_away_by_the_next(ground: Ground, bef
     run(work)
 
 
+@pytest.mark.parametrize("localhost", [True, False])
+@pytest.mark.parametrize("still", [True, False])
+@pytest.mark.parametrize("before", ["0", "1"])
+@pytest.mark.parametrize(("backend", "next_backend"), [("tables", "own table"), ("own table", "tables")])
+def test_a_change_of_backend_leaves_no_switch_on_without_its_guard(
+    ground: Ground, backend: str, next_backend: str, before: str, still: bool, localhost: bool
+) -> None:
+    ground.switch("docker0", before)
+    own, seen = MemoryTable(), list[str]()
+
+    def firewall(backend: str, layout: Layout) -> Firewall:
+        if backend == "tables":
+            return Tables(ground.kernel, layout)
+        return OwnTable(own, layout, [Door(MemoryKernel(), layout)])
+
+    async def work() -> None:
+        first = Dataplane({Family.IPV4: firewall(backend, ground.layout)}, ground.layout)
+        await first.start()
+        await first.follow(came(WEB), NODE)
+        layout = replace(ground.layout, localhost=localhost)
+        left = firewall(backend, layout)
+        apply = left.apply
+
+        async def applied(plan: AnyPlan) -> None:
+            seen.append(ground.switched())
+            await apply(plan)
+
+        left.apply = applied  # type: ignore[method-assign]
+        second = Dataplane({Family.IPV4: firewall(next_backend, layout)}, layout, others=[left])
+        await second.start()
+        await second.follow(came(WEB) if still else [], NODE)
+        await second.sweep()
+        needed = still and localhost
+        assert ground.switched() == ("1" if needed else before)
+        assert set(seen) == {ground.switched()}  # off before the guard goes, and on all the while where it is needed
+        await second.follow(went(WEB) if still else [], NODE)
+        assert ground.switched() == before
+
+    run(work)
+
+
 def test_a_record_that_is_gone_says_nothing_about_the_next_time(ground: Ground) -> None:
     async def work() -> None:
         first = ground.dataplane()
@@ -324,6 +368,23 @@ def test_drift_is_mended_and_told(ground: Ground) -> None:
         assert not dataplane.switched_off()
         assert not await dataplane.follow([], NODE, mend=True)
         assert ground.switched() == "1"
+
+    run(work)
+
+
+def test_a_forward_that_begins_to_drop_is_no_drift_of_ours(ground: Ground) -> None:
+    kernel, layout = MemoryKernel(), Layout(localhost=False)
+
+    async def work() -> None:
+        dataplane = Dataplane({Family.IPV4: OwnTable(MemoryTable(), layout, [Door(kernel, layout)])}, layout)
+        await dataplane.start()
+        await dataplane.follow(came(WEB), NODE)
+        for policy, rules in (("DROP", 1), ("ACCEPT", 0), ("DROP", 1)):
+            kernel.policies[Table.FILTER, "FORWARD"] = policy
+            assert str(await dataplane.follow([], NODE, mend=True)) == ""
+            assert len(kernel.tables[Table.FILTER]["FORWARD"]) == rules
+        kernel.tables[Table.FILTER]["FORWARD"].clear()
+        assert str(await dataplane.follow([], NODE, mend=True)) == "1 rule gone (the jumps of FORWARD)"
 
     run(work)
 
@@ -480,6 +541,25 @@ def test_flows_that_could_not_be_looked_at_are_looked_at_again(ground: Ground) -
         assert dataplane.complaint == ""
         await dataplane.drop_stale_flows()
         assert len(ground.dropped) == 1
+
+    run(work)
+
+
+def test_flows_of_what_was_published_before_two_reloads_are_closed(ground: Ground) -> None:
+    [here] = WEB.attachments
+
+    async def work() -> None:
+        dataplane = ground.dataplane()
+        await dataplane.start()
+        await dataplane.follow(came(WEB), NODE)
+        await dataplane.drop_stale_flows()
+        for _ in range(2):  # nothing of the first was followed
+            before, dataplane = dataplane, ground.dataplane()
+            await dataplane.start()
+            dataplane.succeed(before)
+        await dataplane.follow([], NODE)
+        await dataplane.drop_stale_flows()
+        assert Closed(WEB.mapping, here) in ground.dropped[-1]
 
     run(work)
 

@@ -466,9 +466,9 @@ class Street:
     async def mend(self) -> TablePlan:
         await self.firewall.read()
         plan = self.firewall.plan(self.rules)
-        self.said = str(self.firewall.drift(plan))
         self.shown = self.firewall.diff(plan)
         await self.firewall.apply(plan)
+        self.said = str(self.firewall.drift(plan))
         return plan
 
     @property

@@ -85,12 +85,21 @@ class Node:
     def __init__(self, publications: Publications | None = None, kernel: MemoryKernel | None = None) -> None:
         self.sockets = Sockets()
         self.kernel = kernel or MemoryKernel()
-        self.dataplane = Dataplane({Family.IPV4: Tables(self.kernel, Layout())}, Layout(), self.sockets)
+        self.dataplane = self._dataplane()
         self.publications = publications or Publications([], worlds.FACTS)
         asyncio.run(self.dataplane.start())
 
     def follow(self, changes: Sequence[Change]) -> None:
         asyncio.run(self.dataplane.follow(changes, NODE))
+
+    def reload(self) -> None:
+        """Go on with another dataplane, as for another configuration."""
+        before, self.dataplane = self.dataplane, self._dataplane()
+        asyncio.run(self.dataplane.start())
+        self.dataplane.succeed(before)
+
+    def _dataplane(self) -> Dataplane:
+        return Dataplane({Family.IPV4: Tables(self.kernel, Layout())}, Layout(), self.sockets)
 
     def settle(self) -> dict[str, str]:
         while (held := self.dataplane.reserve(self.publications.decide())) and self.publications.meet_also(held):
@@ -126,6 +135,29 @@ def test_a_port_is_let_go_when_its_rules_are_gone_and_not_before() -> None:
     with pytest.raises(FirewallError):
         node.follow([Change(WEB, None)])
     assert node.sockets.held == {OWNER: "8080"}
+    node.follow([])
+    assert node.sockets.held == {}
+
+
+def test_a_port_whose_rules_could_not_be_taken_away_is_let_go_after_a_reload() -> None:
+    node = Node()
+    node.dataplane.reserve(came(WEB))
+    node.follow(came(WEB))
+    node.kernel.fail_next_restore = lambda _: True
+    with pytest.raises(FirewallError):
+        node.follow([Change(WEB, None)])
+    for _ in range(2):
+        node.reload()
+        assert node.sockets.held == {OWNER: "8080"}
+    node.follow([])
+    assert node.sockets.held == {}
+    assert node.dataplane.remark(WEB) == ""
+
+
+def test_a_port_that_was_had_for_what_was_never_followed_is_let_go_after_a_reload() -> None:
+    node = Node()
+    node.dataplane.reserve(came(WEB))
+    node.reload()
     node.follow([])
     assert node.sockets.held == {}
 

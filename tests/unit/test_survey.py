@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from typing import Any
 
 import pytest
 
 from ctrport import config, endpoints, nodeports, ports
+from ctrport.config import Config
 from ctrport.containerd import Listed
 from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
 from ctrport.model import Attachment, Candidate, ContainerKey, Endpoint, Family, Holder
-from ctrport.survey import Survey
+from ctrport.survey import LOOKS_FOR_MORE, Survey
+from tests.unit import worlds
 
 WEB = ContainerKey("default", "web")
 CONFIG = config.parse('publish: [{match: {container: web}, ports: ["8080:80"]}]', "config.yaml")
@@ -192,6 +196,103 @@ def test_what_was_found_before_the_start_is_looked_for_again_behind_it(monkeypat
     )
     asyncio.run(world.survey.look({WEB: None}))
     assert world.asked[3:] == ["ask containerd", "answer"]
+
+
+class Growing:
+    """A survey of ``web``, which gets its second address when it runs already. ``finds`` counts the looks at it."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        config: Config = CONFIG,
+        served: Collection[Family] = tuple(Family),
+        forwarded: Collection[Family] = tuple(Family),
+    ) -> None:
+        async def node(*, others: bool = True) -> None:
+            pass
+
+        self.at = ["172.17.0.2"]
+        self.finds = 0
+        its: Any = self
+        self.survey = Survey(config, its, its, dict.fromkeys(served, its))
+        self.survey.facts = replace(self.survey.facts, forwarding=frozenset(forwarded))
+        monkeypatch.setattr(self.survey, "node", node)
+        self.resync()
+
+    def find(self, pid: int) -> Endpoint:
+        self.finds += 1
+        return worlds.endpoint(*self.at)
+
+    async def namespaces(self) -> list[str]:
+        return ["default"]
+
+    async def containers(self, namespace: str, *, annotations: bool) -> list[Listed]:
+        return [Listed(WEB, os.getpid())]
+
+    def resync(self) -> None:
+        asyncio.run(self.survey.everything())
+
+    def addresses(self) -> list[str]:
+        endpoints = (candidate.endpoint for candidate in self.survey.publications.candidates)
+        return [str(a.address) for e in endpoints if isinstance(e, Endpoint) for a in e.attachments]
+
+
+@pytest.mark.parametrize("first", ["172.17.0.2", "fd00::2"])
+@pytest.mark.parametrize("ticks", [0, 100])
+def test_an_address_of_the_other_family_that_comes_later_is_taken_in(
+    monkeypatch: pytest.MonkeyPatch, first: str, ticks: int
+) -> None:
+    world = Growing(monkeypatch)
+    world.survey.publications.update(WEB, None)
+    world.at = [first]
+    world.resync()
+    assert world.addresses() == [first]
+    for _ in range(ticks):
+        world.survey.what_may_heal()
+    world.at = ["172.17.0.2", "fd00::2"]
+    if ticks:
+        world.survey.what_may_heal()
+        assert world.addresses() == [first]  # it has had its time: only with all else it is looked at again
+        world.resync()
+    else:
+        world.survey.what_may_heal()
+    assert world.addresses() == ["172.17.0.2", "fd00::2"]
+
+
+def test_what_is_known_stands_when_the_other_family_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Growing(monkeypatch)
+    world.at = ["172.17.0.9", "fd00::2"]
+    world.resync()
+    assert world.addresses() == ["172.17.0.2", "fd00::2"]
+    world.at = []
+    world.resync()
+    assert world.addresses() == ["172.17.0.2", "fd00::2"]
+
+
+def test_the_other_family_is_looked_for_a_few_times_after_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Growing(monkeypatch)
+    before = world.finds
+    for _ in range(100):
+        world.survey.what_may_heal()
+    assert world.finds - before == LOOKS_FOR_MORE
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"served": [Family.IPV4]},
+        {"forwarded": [Family.IPV4]},
+        {"config": config.parse('publish: [{match: {container: web}, ports: ["0.0.0.0:8080:80"]}]', "config.yaml")},
+    ],
+    ids=str,
+)
+def test_a_family_that_nobody_asks_for_is_not_looked_for(monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
+    world = Growing(monkeypatch, **asked)
+    before = world.finds
+    world.survey.what_may_heal()
+    world.resync()
+    assert world.finds == before
 
 
 class Chains:

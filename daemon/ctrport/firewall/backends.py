@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable
 
 from ..model import Family
 from ..rules import ACCEPTED_OWNER, Layout
-from . import Firewall
+from . import Firewall, FirewallError
 from .alarm import Alarm
 from .detect import families, legacy_tables, may_have_iptables_nft, own_tables
 from .door import Door
@@ -25,7 +25,8 @@ async def firewalls(
 ) -> dict[Family, Firewall]:
     """Return what writes the rules of each family that can be served on this node; ``alarm`` is not to ring for it.
 
-    ``waited`` is told of each write, where there is a lock to wait for.
+    ``waited`` is told of each write, where there is a lock to wait for. Raises ``FirewallError`` where it cannot be
+    told which these are.
     """
     return firewalls_of(await families(backend), its, backend, alarm, waited)
 
@@ -49,7 +50,7 @@ async def others_than(backend: str, its: Layout, alarm: Alarm | None = None) -> 
     spared = (ACCEPTED_OWNER,) if backend == OwnTable.name else ()
     found: list[Firewall] = []
     if backend != NftCommands.name and may_have_iptables_nft():
-        served = await families(NftCommands.name)
+        served = await _perhaps_served(NftCommands.name)
         found += [Tables(NftCommands(family, *announce), its, spared) for family in served]
     if backend != LegacyTables.name:
         found += _existing_legacy(its, spared)
@@ -61,8 +62,16 @@ async def every_firewall() -> list[Firewall]:
     its = Layout()
     found = _existing_own(its)
     if may_have_iptables_nft() or not found:  # which says what is missing
-        found += (await firewalls(its, NftCommands.name)).values()
+        found += firewalls_of(await _perhaps_served(NftCommands.name), its, NftCommands.name).values()
     return [*found, *_existing_legacy(its)]
+
+
+async def _perhaps_served(backend: str) -> tuple[Family, ...]:
+    """Return the families whose tables may hold something: where it cannot be told which are served, all."""
+    try:
+        return await families(backend)
+    except FirewallError:
+        return tuple(Family)
 
 
 def _own_table(family: Family, its: Layout, announce: Announce = lambda *_: None) -> OwnTable:

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from ..model import Family
 from ..nfnetlink import NfTables
-from ..programs import ProgramError, run
+from ..programs import Ended, NotInstalled, ProgramError, run
+from . import FirewallError
+from .commands import failure
 from .sets import TABLE
 from .text import printed
 
@@ -39,7 +41,10 @@ class Choice:
 
 
 async def choose(asked: str) -> Choice:
-    """Return which backend ``firewall.backend`` means here. Loads nothing, and makes no table."""
+    """Return which backend ``firewall.backend`` means here. Loads nothing, and makes no table.
+
+    Raises ``FirewallError`` where that cannot be told now.
+    """
     if asked != "auto":
         return Choice(asked, "firewall.backend says so")
     if await _hinted("iptables-nft-save"):
@@ -58,21 +63,38 @@ _QUESTIONS = {
 
 
 async def families(backend: str) -> tuple[Family, ...]:
-    """Return the families that can be served here: IPv4, and IPv6 where the kernel and iptables have it."""
+    """Return the families that can be served here: IPv4, and IPv6 where the kernel and iptables have it.
+
+    Raises ``FirewallError`` where that cannot be told now: what is served already is not to be given up for that.
+    """
     if not _has_ipv6():
         log.info("IPv6 is not served: this kernel has none, or it is switched off")
         return (Family.IPV4,)
     program = "nft" if backend == "nftables" else backend
     try:
         ended = await run(*(question := _QUESTIONS[backend]), timeout=TIMEOUT)
-    except ProgramError as error:
+    except NotInstalled as error:
         if shutil.which(program) is not None:  # or nothing can be served at all, which is said where it shows
             log.warning("IPv6 is not served: %s", error)
         return (Family.IPV4,)
+    except ProgramError as error:
+        raise FirewallError(f"whether IPv6 can be served cannot be told: {error}") from error
+    if ended.status != 0 and not _is_lasting(ended):
+        raise failure(f"whether IPv6 can be served cannot be told: {question[0]}", ended)
     if ended.status != 0:
         log.warning("IPv6 is not served: %s: %s", question[0], " ".join(ended.err.split()))
         return (Family.IPV4,)
     return (Family.IPV4, Family.IPV6)
+
+
+#: What iptables and nft say of a kernel that does not have what they ask for, and iptables of tables that only nft can
+#: have made. The errors of the kernel are those of errno(3): EPROTONOSUPPORT, EOPNOTSUPP, EAFNOSUPPORT, ENOSYS.
+_LASTING = ("not supported", "Function not implemented", "do you need to insmod", "incompatible")
+
+
+def _is_lasting(ended: Ended) -> bool:
+    """Whether what a program failed for is how this node is, and not how it is just now."""
+    return any(words in ended.err for words in _LASTING)
 
 
 def legacy_tables(family: Family) -> set[str]:
@@ -120,7 +142,11 @@ def _has_ipv6() -> bool:
 async def _hinted(program: str) -> bool:
     try:
         ended = await run(program, "-t", "mangle", timeout=TIMEOUT)
-    except ProgramError:
-        return False  # what cannot be asked gives no hint; that it cannot be used is said where it is used
+    except NotInstalled:
+        return False  # it gives no hint; that it cannot be used is said where it is used
+    except ProgramError as error:
+        raise FirewallError(f"which backend the kubelet writes with cannot be told: {error}") from error
+    if ended.status != 0 and not _is_lasting(ended):
+        raise failure(f"which backend the kubelet writes with cannot be told: {program}", ended)
     chains = {line[1:].split(" ")[0] for line in printed(ended.out) if line.startswith(":")}
     return not chains.isdisjoint(HINTS)

@@ -8,11 +8,9 @@ gets nothing. The chain DOCKER-USER is asked before, where somebody has put that
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 
 from ..rules import ACCEPTED_OWNER, USER_CHAIN, Jump, Layout, Match, Place, Rule, Table, accepted
-from .drift import Drift, drift
 from .plan import NEIGHBOURS, Add, Block, Line, Op, Plan, Remove, plan_all
 from .tables import Kernel, script
 from .text import listing, tag
@@ -76,9 +74,13 @@ class Door:
         """Whether a plan of this is to be written before anything is let through, and not behind that."""
         return bool(plan.added)
 
-    def drift(self, plan: Plan, asked: Collection[Rule]) -> Drift:
-        """Return what a plan mends: nothing where somebody has only begun to drop, or no longer does."""
-        return drift(plan, asked) if self._opened and self._needed else Drift()
+    @property
+    def stays_open(self) -> bool:
+        """Whether what a plan of now mends has drifted: not where somebody has only begun to drop, or no longer does.
+
+        To be asked before the plan is written.
+        """
+        return self._opened and self._needed
 
     async def write(self, plan: Plan) -> None:
         """Write a plan. Raises ``FirewallError``."""

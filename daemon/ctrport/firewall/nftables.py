@@ -17,7 +17,7 @@ from ..owners import LocalnetRecord, Owner
 from ..rules import Difference, Layout, Rule
 from . import AnyPlan, FirewallError, ForeignTable, Refused
 from .door import Door
-from .drift import Drift, combined
+from .drift import Drift, combined, drift
 from .plan import Plan
 from .sets import COMMENT, Element, Set, table
 from .standing import Standing, standing
@@ -123,7 +123,8 @@ class OwnTable:
         if not self._known:
             raise FirewallError("what the kernel holds has not been read")
         plan = plan_all(wanted, self._standing, self._held)
-        return replace(plan, doors=tuple(door.plan() for door in self._doors))
+        doors, stay_open = tuple(door.plan() for door in self._doors), tuple(door.stays_open for door in self._doors)
+        return replace(plan, doors=doors, stay_open=stay_open)
 
     def plan_change(self, difference: Difference) -> TablePlan:
         """See ``Firewall.plan_change``."""
@@ -193,7 +194,7 @@ class OwnTable:
     def drift(self, plan: AnyPlan, asked: Collection[Rule] = (), dismissed: Collection[Rule] = ()) -> Drift:
         """See ``Firewall.drift``."""
         its = _own(plan)
-        doors = (door.drift(each, asked) for door, each in zip(self._doors, its.doors, strict=False))
+        doors = (drift(each, asked) for each, stays in zip(its.doors, its.stay_open, strict=False) if stays)
         return combined([its.drift(asked, dismissed), *doors])
 
     async def holders(self) -> list[Holder]:

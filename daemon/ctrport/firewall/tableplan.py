@@ -130,8 +130,9 @@ class TablePlan:
 
     ``whole``: the script makes the table anew with its elements in it. ``broken`` says what of what stands was not as
     it should be. ``gone`` are elements that the table holds and will not hold, ``come`` those that are written.
-    ``doors`` are the plans for chains of iptables. ``asked`` is what the table is to hold afterwards, or ``by`` what
-    changes of it. ``delete``: the whole table goes.
+    ``doors`` are the plans for chains of iptables, ``stay_open`` says of each whether our rule was to be there before,
+    too. ``asked`` is what the table is to hold afterwards, or ``by`` what changes of it. ``delete``: the whole table
+    goes.
     """
 
     standing: Standing
@@ -141,6 +142,7 @@ class TablePlan:
     gone: tuple[Element, ...] = ()
     come: tuple[Element, ...] = ()
     doors: tuple[Plan, ...] = ()
+    stay_open: tuple[bool, ...] = ()
     rules: tuple[Rule, ...] = ()
     asked: Asked | None = field(default=None, compare=False)
     by: Mapping[Element, int] = field(default_factory=dict, compare=False)
