@@ -270,7 +270,10 @@ class Allotment:
         for cell in cells(bound):
             for key in self._contest.on(cell):
                 other = self._claims[key]
-                if key == claim.key or (other.own and not claim.own):  # who comes first makes way for nobody
+                # In a pool who comes first makes way for nobody, as all of the pool are decided again with it. Whoever
+                # takes any free port is not, and goes where nobody is.
+                goes_before = other.own and not claim.own and claim.mapping.host_ports is not None
+                if key == claim.key or goes_before:
                     continue
                 its = self._chosen[key] if other.mapping.dynamic else other.mapping.host_ports
                 if its is not None and other.on(its).overlaps(bound):
