@@ -144,7 +144,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
 
     yield _gauge(
         "ctrport_containerd_up",
-        "Whether the daemon is connected to containerd (1) or waits for it (0).",
+        "Whether containerd answers and has listed its containers (1), or the daemon waits for that (0).",
         reading.connected,
     )
     yield _counter(

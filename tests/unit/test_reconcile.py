@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ctrport import reconcile
+from ctrport.account import NOT_CONNECTED
 from ctrport.config import Config, parse
+from ctrport.containerd import Unresponsive
 from ctrport.firewall import FirewallError
 from ctrport.reconcile import TICK, Reconciler, ticks_to_resync
+from ctrport.tasks import end
 
 ONE, OTHER = (parse(f"publish: [{{match: {{container: {name}}}, ports: ['80']}}]", name) for name in ("one", "other"))
 
@@ -64,3 +70,57 @@ async def test_a_configuration_that_comes_back_while_another_is_taken_up_is_used
     assert its.reconciler._account.stale == "not on this node"
     await its.reconciler._change_config(ONE)
     assert its.reconciler._account.stale == ""
+
+
+class Mute:
+    """A containerd that tells its version and takes subscriptions at once, and has yet to list anything."""
+
+    address = "/run/containerd/containerd.sock"
+
+    async def connected(self, tried: object) -> None:
+        pass
+
+    async def version(self) -> str:
+        return "1.6.20"
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Any]]:
+        async def none() -> AsyncIterator[Any]:
+            await asyncio.Event().wait()
+            yield
+
+        yield none()
+
+
+@pytest.mark.asyncio
+async def test_a_containerd_that_lists_nothing_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "RETRY", 0.0)
+    while_listing: list[str] = []
+    told: list[str] = []
+    listed = asyncio.Event()
+
+    async def everything() -> None:
+        while_listing.append(reconciler._account.containerd)
+        if len(while_listing) < 3:
+            raise Unresponsive("containerd did not answer within 5 s")
+
+    async def settle(**_: object) -> None:
+        listed.set()
+        await asyncio.Event().wait()
+
+    survey: Any = SimpleNamespace(config=ONE, publications=Nothing(), everything=everything)
+    containerd: Any = Mute()
+    nothing: Any = None
+
+    def on_change() -> None:
+        told.append(reconciler._account.containerd)
+
+    reconciler = Reconciler(containerd, survey, nothing, nothing, on_change, lambda: None)
+    monkeypatch.setattr(reconciler, "_settle", settle)
+    running = asyncio.ensure_future(reconciler._run())
+    await asyncio.wait_for(listed.wait(), 10)
+    await end(running)
+    lost = "lost: containerd did not answer within 5 s"
+    assert while_listing == [NOT_CONNECTED, lost, lost]
+    assert set(told) == {NOT_CONNECTED, lost}
+    assert reconciler._account.containerd == "connected, version 1.6.20"
