@@ -28,6 +28,10 @@ DEFAULT_DIRECTORY = "/run/ctrport"
 LOCK_TRIES, LOCK_PAUSE = 5, 0.05
 
 
+#: What ``firewall`` of a status is until the daemon has listed what runs, and made the kernel follow.
+NOT_READ = "not read yet"
+
+
 class AlreadyRunning(Exception):
     """Another daemon holds the lock of this run directory."""
 
