@@ -99,6 +99,7 @@ class Account:
             counted=self._tally.copy(),
             states=states,
             unmatched=publications.unmatched,
+            standby=publications.standby,
             starved=publications.starved,
             unreserved=dataplane.unreserved,
             held_ports=held,

@@ -69,6 +69,11 @@ def _of(reading: Reading) -> Iterator[Metric]:
         reading.unmatched,
     )
     yield _gauge(
+        "ctrport_publications_standby",
+        "Mappings that wait in line behind another container of the same entry, which serves.",
+        reading.standby,
+    )
+    yield _gauge(
         "ctrport_publications_without_free_port",
         "Mappings in conflict that would take any free host port, or any of a pool, while there is none.",
         reading.starved,

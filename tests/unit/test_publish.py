@@ -189,6 +189,7 @@ def test_states_are_counted_as_they_are(declarations: list[Declaration], told: l
     publications.settle()
     states = [publication.state for publication in publications]
     assert {state: publications.count(state) for state in State} == {state: states.count(state) for state in State}
+    assert publications.standby == sum(publication.place > 0 for publication in publications)
     assert publications.unmatched == sum(publication.container is None for publication in publications)
     reasons = [publication.reason for publication in publications]
     assert publications.starved == sum("free host port" in reason for reason in reasons)
