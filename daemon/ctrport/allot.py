@@ -132,7 +132,7 @@ class Allotment:
         self._claims: dict[Key, Claim] = {}
         self._contest = Contest[Key]()
         self._chosen: dict[Key, PortRange] = {}
-        self._earlier: dict[tuple[ContainerKey, Mapping], Sequence[PortRange]] = {}
+        self._earlier: dict[tuple[ContainerKey | str, Mapping | Unread], Sequence[PortRange]] = {}
         self._ring = Ring()
 
     def enter(self, claim: Claim, beside: Iterable[Key]) -> None:
@@ -151,11 +151,15 @@ class Allotment:
 
     def give_up(self, key: Key) -> None:
         """Forget what was chosen for a claim."""
-        self._chosen.pop(key, None)
+        container, asked, _ = key
+        ports = self._chosen.pop(key, None)
+        if ports is not None and (container, asked) in self._earlier:
+            its = [other for other in self._earlier[container, asked] if other != ports]
+            self._earlier[container, asked] = its
 
     def recover(self, chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]]) -> None:
         """Take in which host ports an earlier run chose, for claims that enter from now on."""
-        self._earlier = dict(chosen)
+        self._earlier = {(container, mapping): ports for (container, mapping), ports in chosen.items()}
 
     def learn(self, facts: NodeFacts) -> None:
         """Take in what is now known of the node."""

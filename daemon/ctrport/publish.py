@@ -147,6 +147,9 @@ class Publications:
         if candidate is not None:
             self._candidates[key] = candidate
             self._consider(candidate)
+            if before is not None:
+                for its in keys.keys() - self._keys[key].keys():  # taken back: it is another's to have by now
+                    self._allotment.give_up(its)
 
     def recover(self, chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]]) -> None:
         """Take in which host ports an earlier run chose, for containers it is told of from now on."""

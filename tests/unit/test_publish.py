@@ -180,6 +180,25 @@ def test_whoever_takes_any_free_port_takes_none_that_a_container_asked_for_by_it
     assert has == {"api": "8000:80/tcp", "web": "8001:80/tcp"}
 
 
+@pytest.mark.parametrize("earlier", [{}, {(key("api"), parse("80-81")): [PortRange(8000, 8001)]}])
+def test_a_free_port_that_was_taken_back_is_not_had_again_from_whoever_has_it_now(
+    earlier: dict[tuple[ContainerKey, Mapping], list[PortRange]],
+) -> None:
+    publications = Publications([], worlds.FEW)
+    publications.recover(earlier)
+
+    def give(name: str, started: int, *given: str) -> None:
+        publications.update(key(name), wishing(name, started, given=given))
+        publications.settle()
+
+    give("api", 1, "80-81")  # two of the three that there are
+    give("api", 1)
+    give("db", 2, "80-81")
+    give("api", 1, "80-81")
+    has = {p.container.id: (p.state, str(p.bound)) for p in publications if p.container}
+    assert has == {"api": (State.CONFLICT, "None"), "db": (State.ACTIVE, "8000-8001:80-81/tcp")}
+
+
 @settings(deadline=None)
 @given(worlds.declaration_lists(), TELLING)
 def test_states_are_counted_as_they_are(declarations: list[Declaration], told: list[Told]) -> None:
