@@ -13,7 +13,7 @@ from . import __version__
 from .chronicle import Chronicle
 from .dataplane import Dataplane
 from .model import ContainerKey, Publication, State
-from .status import Status, layout, networks, shown
+from .status import NOT_READ, Status, layout, networks, shown
 from .survey import Survey
 from .tally import Reading, Tally
 
@@ -63,7 +63,7 @@ class Account:
             updated=shown(datetime.now(timezone.utc)),
             config=self.stale,
             containerd=self.containerd,
-            firewall=self.problem or ("in line" if self._in_line else "not read yet"),
+            firewall=self.problem or ("in line" if self._in_line else NOT_READ),
             events=self.events,
             transactions=dataplane.transactions,
             repairs=self._chronicle.repairs,
@@ -99,6 +99,7 @@ class Account:
             counted=self._tally.copy(),
             states=states,
             unmatched=publications.unmatched,
+            standby=publications.standby,
             starved=publications.starved,
             unreserved=dataplane.unreserved,
             held_ports=held,

@@ -132,7 +132,7 @@ class Allotment:
         self._claims: dict[Key, Claim] = {}
         self._contest = Contest[Key]()
         self._chosen: dict[Key, PortRange] = {}
-        self._earlier: dict[tuple[ContainerKey, Mapping], Sequence[PortRange]] = {}
+        self._earlier: dict[tuple[ContainerKey | str, Mapping | Unread], Sequence[PortRange]] = {}
         self._ring = Ring()
 
     def enter(self, claim: Claim, beside: Iterable[Key]) -> None:
@@ -151,11 +151,15 @@ class Allotment:
 
     def give_up(self, key: Key) -> None:
         """Forget what was chosen for a claim."""
-        self._chosen.pop(key, None)
+        container, asked, _ = key
+        ports = self._chosen.pop(key, None)
+        if ports is not None and (container, asked) in self._earlier:
+            its = [other for other in self._earlier[container, asked] if other != ports]
+            self._earlier[container, asked] = its
 
     def recover(self, chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]]) -> None:
         """Take in which host ports an earlier run chose, for claims that enter from now on."""
-        self._earlier = dict(chosen)
+        self._earlier = {(container, mapping): ports for (container, mapping), ports in chosen.items()}
 
     def learn(self, facts: NodeFacts) -> None:
         """Take in what is now known of the node."""
@@ -270,7 +274,10 @@ class Allotment:
         for cell in cells(bound):
             for key in self._contest.on(cell):
                 other = self._claims[key]
-                if key == claim.key or (other.own and not claim.own):  # who comes first makes way for nobody
+                # In a pool who comes first makes way for nobody, as all of the pool are decided again with it. Whoever
+                # takes any free port is not, and goes where nobody is.
+                goes_before = other.own and not claim.own and claim.mapping.host_ports is not None
+                if key == claim.key or goes_before:
                     continue
                 its = self._chosen[key] if other.mapping.dynamic else other.mapping.host_ports
                 if its is not None and other.on(its).overlaps(bound):

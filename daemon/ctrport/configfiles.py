@@ -42,10 +42,14 @@ def _texts(path: str) -> list[tuple[str, str]]:
     """Return the name and the text of the file at ``path``, and of each part beside it. Raises ``Unreadable``."""
     text, directory = _text(Path(path)), Path(path).parent / PARTS
     try:
-        # A hidden file is an editor's, or half of an upload.
-        parts = sorted(p for p in directory.glob("*.yaml") if not p.name.startswith("."))
+        # Not by glob(), to which a directory that cannot be read is an empty one.
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
     except OSError as error:
         raise Unreadable(f"{directory}: {error.strerror}; expected configuration files") from error
+    # A hidden file is an editor's, or half of an upload.
+    parts = [directory / name for name in sorted(names) if name.endswith(".yaml") and not name.startswith(".")]
     return [(path, text), *((str(part), _text(part)) for part in parts)]
 
 

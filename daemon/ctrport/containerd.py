@@ -51,8 +51,8 @@ from .api import (
 from .cgroups import cgroup_of
 from .events import warn_once
 from .lines import Failure
-from .model import ContainerKey, Live, Mapping
-from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, value_of
+from .model import ContainerKey, Live, Mapping, Role
+from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, role_of, value_of
 from .tally import Tally
 from .taskevents import TOPICS, TaskEvent, checked, task_event
 
@@ -114,7 +114,7 @@ class Listed:
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
     ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
     ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for. One that is
-    ``paused`` has its network and answers nobody.
+    ``paused`` has its network and answers nobody. ``role`` is what the CRI plugin has it for in a pod.
     """
 
     key: ContainerKey
@@ -125,6 +125,7 @@ class Listed:
     runs: bool = True
     cgroup: str = ""
     paused: bool = False
+    role: Role | None = None
 
 
 class Containerd:
@@ -468,7 +469,8 @@ def _listed(
     if annotations:
         sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
         annotation = annotation_of(container.spec.value, sandbox)
-    return _with(Listed(key, None, dict(container.labels), annotation, _live(container)), process)
+    role = role_of(container.extensions)
+    return _with(Listed(key, None, dict(container.labels), annotation, _live(container), role=role), process)
 
 
 def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:

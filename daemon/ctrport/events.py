@@ -163,17 +163,18 @@ class Reader:
         self._path = directory / NAME
         self._older = self._path.with_name(f"{NAME}.1")
         self._number, self._at = 0, 0
+        self._began = False
 
     def new(self) -> list[Told]:
         """Return what was told since the last call, the oldest first; at first all there is. Raises ``OSError``."""
         found: list[Told] = []
         number, size = _state(self._path)
-        if number != self._number:
-            if not self._number:
+        if number != self._number or not self._began:
+            if not self._began:
                 found += _parsed(_content(self._older))
             elif _state(self._older)[0] == self._number:  # it was put aside meanwhile
                 found += _parsed(_content(self._older, self._at))
-            self._number, self._at = number, 0
+            self._number, self._at, self._began = number, 0, True
         if size > self._at:
             content = _content(self._path, self._at)
             whole = content[: content.rfind(b"\n") + 1]

@@ -152,4 +152,5 @@ def running_as(listed: Listed, started: int) -> Running:
     """Return a container that runs, as the process that began then. Raises ``Gone``."""
     assert listed.pid is not None
     netns = endpoints.netns(listed.pid)
-    return Running(listed.key, listed.pid, started, netns, listed.labels, listed.annotation, listed.live)
+    its = (listed.labels, listed.annotation, listed.live, listed.role)
+    return Running(listed.key, listed.pid, started, netns, *its)

@@ -21,7 +21,7 @@ from .model import Access, Attachment, BridgeNetwork, Count, Family, Network, No
 from .owners import Owner
 from .publish import Change
 from .rules import Rule
-from .status import PublicationStatus, Status, Undeclared, layout_of
+from .status import NOT_READ, PublicationStatus, Status, Undeclared, layout_of
 
 #: Seconds between two looks at what differs, and for how long it has to, with so much for each publication: longer than
 #: the daemon takes until its word is written.
@@ -105,6 +105,9 @@ async def look(current: Status) -> Sight:
     """Look at the kernel once, with the daemon's word in hand. Raises ``NotComparable`` or ``FirewallError``."""
     if current.version != __version__ or not current.backend:
         raise NotComparable(f"the daemon is of another version ({current.version})")
+    if current.firewall == NOT_READ:  # what the kernel holds is declared, for all that is known
+        reason = f"the daemon has yet to see what runs (containerd: {current.containerd})"
+        raise NotComparable(f"{reason}; rules stay as they are until then")
     try:
         layout = layout_of(current.layout)
         firewalls = firewalls_of(map(Family, current.families), layout, current.backend)

@@ -21,7 +21,7 @@ from . import amend, ports, status
 from .amend import Elsewhere
 from .config import Config
 from .containerd import Containerd, ContainerdError, Listed, NotFound
-from .model import Container, ContainerKey, Live, Mapping, State
+from .model import Container, ContainerKey, Live, Mapping, Role, State
 from .named import Named, NoSuch, find
 from .pods import Pods, Running
 from .publish import LIVE_SOURCE
@@ -146,7 +146,7 @@ async def _find(containerd: Containerd, config: Config, name: str) -> _Target:
     found: list[Listed] = []
     for namespace in await containerd.namespaces():
         found += await containerd.containers(namespace, annotations=config.reads_annotations, ended=True)
-    everyone = [Named(listed.key, listed.labels, listed.runs) for listed in found]
+    everyone = [Named(listed.key, listed.labels, listed.runs, listed.role) for listed in found]
     watched = [named for named in everyone if config.watches(named.key.namespace)]
     try:
         named = find(name, watched)
@@ -156,7 +156,7 @@ async def _find(containerd: Containerd, config: Config, name: str) -> _Target:
             if not config.watches(namespace):
                 raise NotDone(f"nothing of the namespace {namespace} is published (containerd.namespaces)") from None
         raise
-    if named.kind == "container":
+    if named.role is Role.MEMBER:
         raise NotDone(f"{named.key} is part of the pod {named.pod.shown}, which is published as one: name the pod")
     container = _as_published(named.key, found) if named.runs else None
     others = [] if container is None else amend.elsewhere(container, config.publish, config.containers_may_publish)
@@ -169,7 +169,8 @@ def _as_published(key: ContainerKey, found: Iterable[Listed]) -> Container | Non
     for listed in found:
         if listed.runs:
             # Containers of a pod are told by its uid: that they share a network namespace, too, is the daemon's to see.
-            pods.see(Running(listed.key, listed.pid or 0, 0, (0, 0), listed.labels, listed.annotation, listed.live))
+            its = (listed.labels, listed.annotation, listed.live, listed.role)
+            pods.see(Running(listed.key, listed.pid or 0, 0, (0, 0), *its))
     return pods.get(key)
 
 

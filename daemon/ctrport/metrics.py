@@ -69,6 +69,11 @@ def _of(reading: Reading) -> Iterator[Metric]:
         reading.unmatched,
     )
     yield _gauge(
+        "ctrport_publications_standby",
+        "Mappings that wait in line behind another container of the same entry, which serves.",
+        reading.standby,
+    )
+    yield _gauge(
         "ctrport_publications_without_free_port",
         "Mappings in conflict that would take any free host port, or any of a pool, while there is none.",
         reading.starved,
@@ -144,7 +149,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
 
     yield _gauge(
         "ctrport_containerd_up",
-        "Whether the daemon is connected to containerd (1) or waits for it (0).",
+        "Whether containerd answers and has listed its containers (1), or the daemon waits for that (0).",
         reading.connected,
     )
     yield _counter(

@@ -162,6 +162,13 @@ class ContainerKey:
         return f"{self.namespace}/{self.id}"
 
 
+class Role(enum.Enum):
+    """What a container of a pod is: its sandbox, which holds the network, or one of those that live in there."""
+
+    SANDBOX = "sandbox"
+    MEMBER = "container"
+
+
 @dataclass(frozen=True)
 class Pod:
     """A CRI sandbox by the names that Kubernetes has for it: whatever a stranger chose, so not for rules."""

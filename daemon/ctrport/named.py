@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from .model import ContainerKey, Pod, is_identifier
-from .pods import KIND, POD_NAME, POD_NAMESPACE
+from .model import ContainerKey, Pod, Role, is_identifier
+from .pods import POD_NAME, POD_NAMESPACE
 from .ports import quoted
 
 #: Put on by nerdctl: the name that its user gave.
@@ -28,16 +28,12 @@ class NoSuch(ValueError):
 
 @dataclass(frozen=True)
 class Named:
-    """A container by all that it can be called, and whether it has a task that runs."""
+    """A container by all that it can be called, whether it has a task that runs, and what it is to a pod."""
 
     key: ContainerKey
     labels: Mapping[str, str]
     runs: bool
-
-    @property
-    def kind(self) -> str:
-        """ "sandbox" or "container" for what is part of a pod, else empty."""
-        return self.labels.get(KIND, "")
+    role: Role | None = None
 
     @property
     def pod(self) -> Pod:
@@ -53,7 +49,7 @@ class Named:
     def __str__(self) -> str:
         """The name that `ctrport ps` has for it, as far as a shell takes that."""
         shown = self.pod.shown
-        return f"{POD}{shown}" if self.kind == "sandbox" and shown == str(self.pod) else str(self.key)
+        return f"{POD}{shown}" if self.role is Role.SANDBOX and shown == str(self.pod) else str(self.key)
 
 
 def find(name: str, containers: Sequence[Named]) -> Named:
@@ -74,7 +70,7 @@ def find(name: str, containers: Sequence[Named]) -> Named:
 
 
 def _pods(name: str, containers: Iterable[Named]) -> list[Named]:
-    its = [one for one in containers if one.kind == "sandbox" and str(one.pod) == name]
+    its = [one for one in containers if one.role is Role.SANDBOX and str(one.pod) == name]
     # A pod whose sandbox ended has another by now, and the old one is kept for a while.
     return [one for one in its if one.runs] or its
 
@@ -89,7 +85,7 @@ def _only(name: str, found: Sequence[Named], containers: Iterable[Named]) -> Nam
     near = get_close_matches(name, running, n=3)
     if near:
         raise NoSuch(f"no container is called {quoted(name)}; did you mean {_listed(near, 'or')}?")
-    shown = sorted({str(one) for one in containers if one.runs and one.kind != "container"})
+    shown = sorted({str(one) for one in containers if one.runs and one.role is not Role.MEMBER})
     there = f"those that run are {_listed(shown, 'and')}" if shown else "none runs"
     raise NoSuch(f"no container is called {quoted(name)}; {there}")
 
@@ -101,7 +97,7 @@ def _told_apart(one: Named) -> str:
 
 
 def _names(one: Named) -> Iterator[str]:
-    if one.kind != "container":
+    if one.role is not Role.MEMBER:
         yield from filter(None, dict.fromkeys([str(one), str(one.key), one.key.id, one.name]))
 
 

@@ -1,8 +1,8 @@
 """Which containers are published as one: those of a pod, by its sandbox; each other container by itself.
 
 Pure. The CRI plugin runs a pod as several containers of containerd, one of which, the sandbox, is there to hold the
-network namespace. Which is which says the plugin's own label; whose pod it is, the kubelet's labels and the network
-namespace that sandbox and container share.
+network namespace. Which is which says what the plugin has stored of them; whose pod it is, the kubelet's labels and the
+network namespace that sandbox and container share. Labels alone make no pod: an image can bring any.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .model import Container, ContainerKey, Live, Member, Pod
+from .model import Container, ContainerKey, Live, Member, Pod, Role
 
-#: Put on by containerd's CRI plugin: "sandbox" or "container".
-KIND = "io.cri-containerd.kind"
 #: Put on by the kubelet (pkg/kubelet/types/labels.go).
 CONTAINER_NAME = "io.kubernetes.container.name"
 POD_NAME = "io.kubernetes.pod.name"
@@ -26,7 +24,8 @@ class Running:
     """One container of containerd that runs. ``netns`` identifies its network namespace.
 
     ``annotation`` is the ports that an annotation asks for, its own or, of a sandbox, its pod's; ``live`` is what the
-    operator asked for, which counts for a container of a pod only if that is the sandbox.
+    operator asked for, which counts for a container of a pod only if that is the sandbox. ``role`` is what it is to
+    a pod.
     """
 
     key: ContainerKey
@@ -36,11 +35,7 @@ class Running:
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
     annotation: str | None = None
     live: Live | None = None
-
-    @property
-    def kind(self) -> str:
-        """ "sandbox" or "container" for what is part of a pod, else empty."""
-        return self.labels.get(KIND, "")
+    role: Role | None = None
 
 
 #: What a sandbox and the containers of its pod have in common, and no other pod with them.
@@ -79,9 +74,9 @@ class Pods:
         self._running[running.key] = running
         if running.live is not None:
             self._revisions[running.key] = running.live.revision
-        if running.kind == "sandbox":
+        if running.role is Role.SANDBOX:
             self._sandboxes.setdefault(_home(running), []).append(running.key)
-        elif running.kind == "container":
+        elif running.role is Role.MEMBER:
             self._members.setdefault(_home(running), []).append(running.key)
         return touched | self._published_as(running)
 
@@ -113,9 +108,9 @@ class Pods:
     def get(self, key: ContainerKey) -> Container | None:
         """Return what is published under ``key``, None where that is nothing."""
         running = self._running.get(key)
-        if running is None or running.kind == "container":
+        if running is None or running.role is Role.MEMBER:
             return None
-        if running.kind == "sandbox":
+        if running.role is Role.SANDBOX:
             members = (self._running[member] for member in sorted(self._members.get(_home(running), ())))
             names = (running.labels.get(POD_NAMESPACE, ""), running.labels.get(POD_NAME, ""))
             pod = Pod(*names, labels=running.labels)
@@ -125,7 +120,7 @@ class Pods:
         return Container(key, running.pid, running.started, *its, running.annotation, running.live)
 
     def _published_as(self, running: Running) -> set[ContainerKey]:
-        if running.kind == "container":
+        if running.role is Role.MEMBER:
             return set(self._sandboxes.get(_home(running), ()))
         return {running.key}
 

@@ -128,14 +128,15 @@ def verdict(
 ) -> tuple[bool, str]:
     """Return whether all that is declared is active, and no more than that is installed; and one line that says so.
 
-    The worst is said first. ``absent`` is why the daemon said nothing, ``silent`` for how long it has not come round,
-    ``trouble`` why the kernel could not be asked though it should have been. Where it was ``filtered``, that nothing is
-    left is not right.
+    Who waits in line is as it should be: of those that match one entry, one is to be active. The worst is said first.
+    ``absent`` is why the daemon said nothing, ``silent`` for how long it has not come round, ``trouble`` why the kernel
+    could not be asked though it should have been. Where it was ``filtered``, that nothing is left is not right.
     """
     wrong = [absent] if absent else [*_of_the_daemon(current, silent)]
     wrong += [f"the kernel could not be asked: {trouble}"] if trouble else []
     total = len(current.publications)
-    bad = [its for its in current.publications if its.state != State.ACTIVE]
+    standby = sum(its.place > 0 for its in current.publications)
+    bad = [its for its in current.publications if its.state != State.ACTIVE and not its.place]
     if current.undeclared:
         wrong.append(_some(current.undeclared, lambda its: f"{its.name} {its.mapping}", "in the kernel and undeclared"))
     if bad:
@@ -147,7 +148,8 @@ def verdict(
     if wrong:
         return False, f"not ok: {'; '.join(wrong)}"
     unasked = f" (the kernel: {current.kernel})" if current.kernel.startswith("not asked") else ""
-    return True, f"ok: {total} of {total} {_publications(total)} active{unasked}"
+    waits = f", {standby} in line" if standby else ""
+    return True, f"ok: {total - standby} of {total} {_publications(total)} active{waits}{unasked}"
 
 
 def _of_the_daemon(current: Status, silent: float) -> Iterable[str]:

@@ -69,8 +69,8 @@ class Publications:
     ``settle`` then returns what changed. ``families`` are those that are served; ``localhost`` is whether 127.0.0.0/8
     may be published on; ``permissions`` say what containers may publish that declare it themselves.
 
-    ``unmatched`` is how many of them no running container matches, ``starved`` how many take any free host port, or any
-    of a pool, and find none.
+    ``unmatched`` is how many of them no running container matches, ``standby`` how many wait in line behind one that is
+    active, and ``starved`` how many take any free host port, or any of a pool, and find none.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Publications:
         self._published: dict[Key, Publication] = {}
         self._in_order: list[tuple[_Rank, Publication]] = []  # those of containers
         self._counts: Counter[State] = Counter()
-        self.unmatched, self.starved = 0, 0
+        self.unmatched, self.standby, self.starved = 0, 0, 0
         self._before: dict[Key, Publication | None] = {}
         for index in range(len(self._declarations)):
             self._put_unmatched(index)
@@ -152,6 +152,9 @@ class Publications:
         if candidate is not None:
             self._candidates[key] = candidate
             self._consider(candidate)
+            if before is not None:
+                for its in keys.keys() - self._keys[key].keys():  # taken back: it is another's to have by now
+                    self._allotment.give_up(its)
 
     def recover(self, chosen: MappingABC[tuple[ContainerKey, Mapping], Sequence[PortRange]]) -> None:
         """Take in which host ports an earlier run chose, for containers it is told of from now on."""
@@ -293,6 +296,8 @@ class Publications:
         self._counts[publication.state] += by
         if publication.container is None:
             self.unmatched += by
+        elif publication.place:
+            self.standby += by
         elif publication.state is State.CONFLICT and publication.mapping.dynamic:
             self.starved += by  # what is to be chosen is in conflict with nobody in particular
 

@@ -303,10 +303,9 @@ class Reconciler:
                     version = await self._containerd.version()
                     if self._account.containerd == NOT_CONNECTED:
                         log.info(Event("containerd", address=self._containerd.address, version=version))
-                    self._account.containerd = f"connected, version {version}"
                     reader = asyncio.create_task(self._read(events))
                     try:
-                        await self._follow(reader)
+                        await self._follow(reader, version)
                     finally:
                         self._stop_following()
                         reader.cancel()
@@ -361,10 +360,12 @@ class Reconciler:
         finally:
             self._wake.set()
 
-    async def _follow(self, reader: asyncio.Task[None]) -> None:
+    async def _follow(self, reader: asyncio.Task[None], version: str) -> None:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
         with self._turn("resync"):
             await self._survey.everything()
+            # Not before: it may tell its version, which it knows without asking anybody, and list nothing.
+            self._account.containerd = f"connected, version {version}"
             if self._account.blind:
                 log.info("the node can be looked at again")
             self._account.blind = ""

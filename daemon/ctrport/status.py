@@ -28,6 +28,10 @@ DEFAULT_DIRECTORY = "/run/ctrport"
 LOCK_TRIES, LOCK_PAUSE = 5, 0.05
 
 
+#: What ``firewall`` of a status is until the daemon has listed what runs, and made the kernel follow.
+NOT_READ = "not read yet"
+
+
 class AlreadyRunning(Exception):
     """Another daemon holds the lock of this run directory."""
 
@@ -59,7 +63,7 @@ class PublicationStatus:
     ``reason`` is, of an active one, what else there is to say. ``since`` is when its state began, as ISO 8601 in UTC.
     ``owner`` is the words that its rules bear in the kernel, empty where it is to have none. ``process`` is the pid of
     its first process, as the daemon counts, 0 where there is none. ``sources`` and ``interface`` are who may reach it;
-    empty is everybody.
+    empty is everybody. ``place`` counts those that wait in line behind one that serves, from 1; all others have 0.
 
     The rest is what ``ctrport ps`` has asked the kernel for, None where it did not: whether all its rules are there,
     and the connections that its rules have counted, with the bytes of the first packet of each.
@@ -80,6 +84,7 @@ class PublicationStatus:
     attachments: list[AttachmentStatus] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     interface: str = ""
+    place: int = 0
     installed: bool | None = None
     connections: int | None = None
     bytes: int | None = None
@@ -115,6 +120,7 @@ class PublicationStatus:
             attachments=list(map(AttachmentStatus.of, publication.attachments)),
             sources=list(map(str, publication.access.sources)),
             interface=publication.access.interface or "",
+            place=publication.place,
         )
 
     @classmethod

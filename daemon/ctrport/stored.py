@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from . import ports
 from .declared import LONGEST, MOST, NAME
-from .model import Live, Mapping, Unread
+from .model import Live, Mapping, Role, Unread
 from .ports import PortSpecError, quoted
 
 #: The extension that holds what `ctrport publish` has a container publish, and the type of what is in there.
 EXTENSION, TYPE = NAME, f"{NAME}.v1"
 _REVISION = re.compile(r"[0-9a-f]{1,32}")
 
-#: What the CRI plugin stores of a sandbox, as JSON, goes by this name among the extensions of its container.
-SANDBOX = "io.cri-containerd.sandbox.metadata"
+#: What the CRI plugin stores of a sandbox and of another container of a pod, as JSON, goes by these names among the
+#: extensions of its container. Without them it takes neither for its own when it starts anew (restart.go there).
+SANDBOX, IN_POD = "io.cri-containerd.sandbox.metadata", "io.cri-containerd.container.metadata"
 #: The bytes that a spec, or that, may have to be read for annotations.
 LONGEST_SPEC = 1 << 20
+
+
+def role_of(extensions: Container[str]) -> Role | None:
+    """Return what a container with these extensions is to a pod.
+
+    Not by its labels, which say so, too: `ctr` and others take those of the image over, and an image can have any.
+    """
+    if SANDBOX in extensions:
+        return Role.SANDBOX
+    return Role.MEMBER if IN_POD in extensions else None
 
 
 def annotation_of(spec: bytes, sandbox: bytes | None) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from . import endpoints, nftports, nodeports
-from .config import Config
+from .config import DOCKERD_NAMESPACE, Config
 from .containerd import Containerd, Listed, Refused
 from .endpoints import Endpoints, Gone
 from .events import warn_once
@@ -75,10 +75,11 @@ class Survey:
         self.publications = _publications(config, self.facts, firewalls)
         self.publications.recover(chosen(before))
         self._judge(self._pods.running)
-        if (config.containerd.namespaces, config.reads_annotations) != (
-            known.containerd.namespaces,
-            known.reads_annotations,
-        ):
+        looks, looked = (
+            (its.containerd.namespaces, its.watches(DOCKERD_NAMESPACE), its.reads_annotations)
+            for its in (config, known)
+        )
+        if looks != looked:
             await self.everything()
         else:
             await self.node()

@@ -89,8 +89,8 @@ class Reading:
 
     ``reloaded_at`` is when the configuration in use was read, in seconds since 1970. ``held_ports`` are the host ports
     that sockets of the daemon hold, of ``held_ports_limit``; ``unreserved`` are the publications that have not all of
-    theirs held. ``unmatched`` are those of the waiting that no running container matches, ``starved`` those of the
-    conflicts that take any free port and find none.
+    theirs held. ``unmatched`` are those of the waiting that no running container matches, ``standby`` those that
+    wait in line behind one that serves; ``starved`` are those of the conflicts that take any free port and find none.
     """
 
     version: str
@@ -98,6 +98,7 @@ class Reading:
     counted: Tally
     states: Mapping[State, int]
     unmatched: int
+    standby: int
     starved: int
     unreserved: int
     held_ports: int

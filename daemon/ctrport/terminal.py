@@ -108,7 +108,7 @@ def _folded(rows: Sequence[tuple[str, ...]], width: int) -> Iterator[str]:
     for row, cells in zip(rows, aligned, strict=True):
         if row[state] in _COLOURS:
             cells[state] = cells[state].replace(row[state], click.style(row[state], fg=_COLOURS[row[state]]))
-        parts = textwrap.wrap(row[-1], width - len(indent))
+        parts = textwrap.wrap(row[-1], max(1, width - len(indent)))
         yield "  ".join([*cells, parts.pop(0) if beside and parts else ""]).rstrip()
         yield from (indent + part for part in parts)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
 
 import pytest
 
+from ctrport.api import containers_pb2
+from ctrport.containerd import Containerd
 from ctrport.firewall.text import printed
+from ctrport.stored import SANDBOX
 from embedded.node import Node
 from embedded.traffic import Server, eventually
 from tests.node.daemon import Ctrport, Listener, wait_open
@@ -57,6 +61,16 @@ def rules_of_others(tables: str) -> list[str]:
     return [line for line in printed(tables) if line.startswith("-A ") and "ctrport " not in line]
 
 
+async def make_sandbox(node: Node, id: str) -> None:
+    """Store what the CRI plugin stores, of a container that it would not have made."""
+    container = containers_pb2.Container(id=id)
+    container.extensions[SANDBOX].value = b"{}"
+    request = containers_pb2.UpdateContainerRequest(container=container)
+    request.update_mask.paths.append(f"extensions.{SANDBOX}")
+    async with Containerd(str(node.path(node.containerd_socket))) as containerd:
+        await containerd._call(containerd._update, request, "default")
+
+
 def test_what_strangers_name_is_served_as_asked_and_forges_nothing(node: Node, ctrport: Ctrport) -> None:
     for arguments in OTHERS:
         node.run("iptables-nft", *arguments)
@@ -71,6 +85,8 @@ def test_what_strangers_name_is_served_as_asked_and_forges_nothing(node: Node, c
     (parts / f"\udcff{FORGED}.yaml").write_text(PART)
     Server(node.start("web", labels=LABELS), 80)
     node.start("pod", labels=POD_LABELS)
+    asyncio.run(make_sandbox(node, "pod"))
+    node.start("poser", labels=POD_LABELS)  # as whoever builds images can have it
     odd = node.start("odd", labels=dict.fromkeys(("\x7f", "-j"), FORGED))
     Server(odd, 80)
     for first, second in (DEVICES[:2], DEVICES[2:]):
@@ -84,6 +100,7 @@ def test_what_strangers_name_is_served_as_asked_and_forges_nothing(node: Node, c
         wait_open(node, 8080, "web")
         wait_open(node, 8081, "odd")
         assert ctrport.wait_for("8083:80/tcp", "conflict")["reason"].startswith("host port 8083/tcp is held by x?")
+        assert not [one for one in ctrport.status()["publications"] if one["container"] == "poser"]
         whole = node.tables()
         assert rules_of_others(whole) == rules_of_others(before)
         targets = re.findall(r"^-A DOCKER .*-j DNAT --to-destination (\S+)", whole, re.MULTILINE)

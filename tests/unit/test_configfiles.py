@@ -39,6 +39,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, case: str) -> None:
     assert str(caught.value) == f"{tmp_path}/config.yaml: {said}"
 
 
+def test_parts_that_cannot_be_listed_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("")
+    parts = tmp_path / "conf.d"
+    parts.write_text("")  # as a file it has none
+    assert load(str(tmp_path / "config.yaml")).publish == ()
+    parts.unlink()
+    parts.symlink_to("conf.d")
+    with pytest.raises(Unreadable) as caught:
+        load(str(tmp_path / "config.yaml"))
+    assert str(caught.value) == f"{parts}: Too many levels of symbolic links; expected configuration files"
+
+
 def test_parts_are_taken_in_the_order_of_their_names_and_hidden_ones_are_not(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("")
     parts = tmp_path / "conf.d"

@@ -31,7 +31,8 @@ from ctrport.containerd import (
     rpc_error,
 )
 from ctrport.events import warn_once
-from ctrport.model import ContainerKey
+from ctrport.model import ContainerKey, Role
+from ctrport.stored import IN_POD
 from ctrport.tally import Tally
 from ctrport.taskevents import TaskEvent, task_event
 
@@ -293,6 +294,8 @@ async def test_a_container_that_cannot_be_decoded_does_not_hide_the_others(tmp_p
         yield b"\xff"
         for name in ("web", "a b", "idle", "stopped", "hung", "paused"):
             container = containers_pb2.Container(id=name, labels={"name": name})
+            if name == "paused":
+                container.extensions[IN_POD].value = b"{}"
             yield containers_pb2.ListContainerMessage(container=container).SerializeToString()
 
     async def tasks(request: bytes, context: Any) -> bytes:
@@ -310,7 +313,7 @@ async def test_a_container_that_cannot_be_decoded_does_not_hide_the_others(tmp_p
         listed = await there.containers("default")
     assert listed == [
         Listed(ContainerKey("default", "hung"), None, {"name": "hung"}),
-        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}, paused=True),
+        Listed(ContainerKey("default", "paused"), 10, {"name": "paused"}, paused=True, role=Role.MEMBER),
         Listed(WEB, 7, {"name": "web"}),
     ]
 

@@ -70,6 +70,21 @@ def test_there_is_never_more_of_it_than_two_files(tmp_path: Path, monkeypatch: p
     assert 20 < len(last) < 100
 
 
+def test_who_looks_while_the_file_is_put_aside_is_told_nothing_twice_and_misses_nothing(tmp_path: Path) -> None:
+    path, older = tmp_path / NAME, tmp_path / f"{NAME}.1"
+    reader = Reader(tmp_path)
+    assert reader.new() == []  # nothing has happened yet
+    log.info(Event("published", mapping="1"))
+    assert names(reader.new()) == ["1"]
+    log.info(Event("published", mapping="2"))
+    path.rename(older)
+    assert names(Reader(tmp_path).new()) == ["1", "2"]
+    seen = [reader.new(), reader.new()]
+    log.info(Event("published", mapping="3"))
+    seen += [reader.new(), reader.new()]
+    assert [name for found in seen for name in names(found)] == ["2", "3"]
+
+
 def test_a_value_that_is_too_long_is_cut(tmp_path: Path) -> None:
     log.info(Event("not-reloaded", reason="x" * 5000))
     assert len((tmp_path / NAME).read_text()) < events.LONGEST + 200

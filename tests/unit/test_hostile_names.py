@@ -39,16 +39,18 @@ from ctrport.model import (
     NodeFacts,
     PodSelector,
     Publication,
+    Role,
     Selector,
     State,
 )
 from ctrport.nfnetlink import _printable
 from ctrport.owners import LocalnetRecord, Owner
-from ctrport.pods import CONTAINER_NAME, KIND, POD_NAME, POD_NAMESPACE, POD_UID, Pods, Running
+from ctrport.pods import CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID, Pods, Running
 from ctrport.ports import parse
 from ctrport.publish import Publications
 from ctrport.rules import Layout, rules_for, skeleton
 from ctrport.status import PublicationStatus, Status
+from ctrport.stored import IN_POD, SANDBOX
 from tests.unit import hostile
 from tests.unit.hostile import fuzz
 from tests.unit.test_containerd import envelope
@@ -72,6 +74,7 @@ class Stranger:
     id: str
     labels: Mapping[str, str]
     netns: int
+    role: Role | None = None
 
 
 labels = st.dictionaries(hostile.carried, hostile.carried, max_size=3)
@@ -79,7 +82,6 @@ cri_labels = st.fixed_dictionaries(
     {},
     optional={
         "app": st.sampled_from(["web", "web", "web"]) | hostile.carried,
-        KIND: st.sampled_from(["sandbox", "container"]) | hostile.carried,
         POD_UID: st.sampled_from(["1", "2"]) | hostile.carried,
         POD_NAME: hostile.carried,
         POD_NAMESPACE: hostile.carried,
@@ -88,12 +90,13 @@ cri_labels = st.fixed_dictionaries(
 )
 strangers = st.lists(
     st.builds(
-        lambda namespace, id, free, known, netns: Stranger(namespace, id, {**free, **known}, netns),
+        lambda namespace, id, free, known, netns, role: Stranger(namespace, id, {**free, **known}, netns, role),
         st.sampled_from(["default", "k8s.io"]) | hostile.carried_ids,
         hostile.carried_ids,
         labels,
         cri_labels,
         st.integers(1, 2),
+        st.sampled_from([None, *Role]),
     ),
     max_size=4,
     unique_by=lambda stranger: (stranger.namespace, stranger.id),
@@ -105,16 +108,30 @@ def listed(stranger: Stranger) -> containerd.Listed | None:
     started: Message = payloads_pb2.TaskStart(container_id=stranger.id, pid=7)
     event = taskevents.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
     stored = containers_pb2.Container(id=stranger.id, labels=stranger.labels)
+    if stranger.role is not None:
+        stored.extensions[SANDBOX if stranger.role is Role.SANDBOX else IN_POD].value = b"{}"
     if event is None or not taskevents.checked(stored.id, "container id"):
         return None
     return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
 
 
-def published(found: Iterable[tuple[ContainerKey, Mapping[str, str], int]]) -> list[Publication]:
+@pytest.mark.parametrize("role", [None, *Role])
+def test_what_it_is_to_a_pod_says_what_the_cri_plugin_stored_and_no_label(role: Role | None) -> None:
+    for kind in ("sandbox", "container", ""):
+        found = listed(Stranger("k8s.io", "web", {"io.cri-containerd.kind": kind, POD_NAME: "web-1"}, 1, role))
+        assert found is not None
+        assert found.role is role
+
+
+#: What there is to know of a container that was brought: its key, labels, network namespace, and what it is to a pod.
+Found = tuple[ContainerKey, Mapping[str, str], int, Role | None]
+
+
+def published(found: Iterable[Found]) -> list[Publication]:
     """Return what becomes of these, in the order in which they started."""
     pods, keys = Pods(), []
-    for at, (key, its, netns) in enumerate(found):
-        pods.see(Running(key, 100 + at, at, (4, netns), its))
+    for at, (key, its, netns, role) in enumerate(found):
+        pods.see(Running(key, 100 + at, at, (4, netns), its, role=role))
         keys.append(key)
     publications = Publications(DECLARATIONS, FACTS)
     for at, key in enumerate(keys):
@@ -154,23 +171,22 @@ def operations(written: str) -> list[tuple[str, ...]]:
     return read
 
 
-def tame(found: list[containerd.Listed], netns: list[int]) -> list[tuple[ContainerKey, Mapping[str, str], int]]:
+def tame(found: list[containerd.Listed], netns: list[int]) -> list[Found]:
     """Return the same containers under names as they should be: what is equal stays equal."""
     uids: dict[str, str] = {}
     namespaces: dict[str, str] = {}
-    result: list[tuple[ContainerKey, Mapping[str, str], int]] = []
+    result: list[Found] = []
     for at, (one, where) in enumerate(zip(found, netns, strict=True)):
         its = {key: value for key, value in one.labels.items() if (key, value) == ("app", "web")}
-        its |= {KIND: one.labels[KIND]} if one.labels.get(KIND) in ("sandbox", "container") else {}
         its[POD_UID] = uids.setdefault(one.labels.get(POD_UID, ""), str(len(uids)))
         namespace = namespaces.setdefault(one.key.namespace, f"n{len(namespaces)}")
-        result.append((ContainerKey(namespace, f"c{at}"), its, where))
+        result.append((ContainerKey(namespace, f"c{at}"), its, where, one.role))
     return result
 
 
 @fuzz(400)
 @given(strangers)
-@example([Stranger("default", "web", {"app": "web", KIND: "sandbox", POD_NAME: '"\n-A INPUT -j ACCEPT'}, 1)])
+@example([Stranger("default", "web", {"app": "web", POD_NAME: '"\n-A INPUT -j ACCEPT'}, 1, Role.SANDBOX)])
 @example([Stranger("default", 'web" -j ACCEPT', {"app": "web"}, 1)])
 @example([Stranger("default", "web\n", {"app": "web"}, 1), Stranger("k8s.io\n", "web", {"app": "web"}, 1)])
 def test_the_rules_are_those_that_tame_names_would_have_had(made: list[Stranger]) -> None:
@@ -179,7 +195,7 @@ def test_the_rules_are_those_that_tame_names_would_have_had(made: list[Stranger]
         assert re.fullmatch(
             r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*/[A-Za-z0-9]+([._-][A-Za-z0-9]+)*", str(one.key), re.ASCII
         )
-    publications = published((one.key, one.labels, netns) for one, netns in found)
+    publications = published((one.key, one.labels, netns, one.role) for one, netns in found)
     plan = plan_of(publications)
     expected = published(tame([one for one, _ in found], [netns for _, netns in found]))
     written = text.restore_input(plan)
@@ -216,7 +232,7 @@ def test_each_publication_is_one_line_of_ps_and_of_the_log(
 ) -> None:
     found = [one for stranger in made if (one := listed(stranger)) is not None]
     publications = [
-        *published((one.key, one.labels, 1) for one in found),
+        *published((one.key, one.labels, 1, one.role) for one in found),
         Publication(parse("8080:80"), f"{warning}:1", None, State.WAITING, reason),
     ]
     shown = [PublicationStatus.of(one, reason) for one in publications]

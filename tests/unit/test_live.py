@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ctrport.declared import Kind, Permission
-from ctrport.model import Candidate, Container, Live, Member, PortRange, Publication, State, Unread
-from ctrport.pods import KIND, POD_UID, Pods, Running
+from ctrport.model import Candidate, Container, Live, Member, PortRange, Publication, Role, State, Unread
+from ctrport.pods import POD_UID, Pods, Running
 from ctrport.ports import parse
 from ctrport.publish import LIVE_SOURCE, Publications
 from tests.unit.worlds import FACTS, declaration, endpoint, key
@@ -93,15 +93,15 @@ def test_it_changes_while_the_container_runs_and_what_stays_is_not_touched() -> 
     assert [p.bound for p in publications] == [chosen]
 
 
-def running(name: str, kind: str = "", its: Live | None = None, started: int = 1) -> Running:
-    labels = {KIND: kind, POD_UID: "u"} if kind else {}
-    return Running(key(name), 100, started, (4, 7), labels, live=its)
+def running(name: str, role: Role | None = None, its: Live | None = None, started: int = 1) -> Running:
+    labels = {POD_UID: "u"} if role is not None else {}
+    return Running(key(name), 100, started, (4, 7), labels, live=its, role=role)
 
 
 def test_of_a_pod_the_word_that_is_kept_with_the_sandbox_counts() -> None:
     pods = Pods()
-    pods.see(running("sandbox", "sandbox", live("8080:80")))
-    pods.see(running("main", "container", live("9090:90")))
+    pods.see(running("sandbox", Role.SANDBOX, live("8080:80")))
+    pods.see(running("main", Role.MEMBER, live("9090:90")))
     pods.see(running("web", its=live("7070:70")))
     for name, mapping in (("sandbox", "8080:80"), ("web", "7070:70")):
         published = pods.get(key(name))

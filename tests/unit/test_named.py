@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ctrport.model import ContainerKey
+from ctrport.model import ContainerKey, Role
 from ctrport.named import MOST_NAMED, NERDCTL_NAME, Named, NoSuch, find
-from ctrport.pods import KIND, POD_NAME, POD_NAMESPACE
+from ctrport.pods import POD_NAME, POD_NAMESPACE
 
 ID = "0123456789abcdef" * 4
 
@@ -23,8 +23,10 @@ def nerdctls(id: str, name: str, namespace: str = "default") -> Named:
     return Named(ContainerKey(namespace, id), {NERDCTL_NAME: name}, True)
 
 
-def pods(id: str, name: str = "web-0", kind: str = "sandbox", *, namespace: str = "shop", runs: bool = True) -> Named:
-    return Named(ContainerKey("k8s.io", id), {KIND: kind, POD_NAMESPACE: namespace, POD_NAME: name}, runs)
+def pods(
+    id: str, name: str = "web-0", role: Role = Role.SANDBOX, *, namespace: str = "shop", runs: bool = True
+) -> Named:
+    return Named(ContainerKey("k8s.io", id), {POD_NAMESPACE: namespace, POD_NAME: name}, runs, role)
 
 
 def why(name: str, *containers: Named) -> str:
@@ -35,7 +37,7 @@ def why(name: str, *containers: Named) -> str:
 
 WEB, WEB2, TEST = named("web"), named("web-2"), named("web", "test")
 SHOP = nerdctls(ID, "shop")
-POD, MEMBER = pods("aaa111"), pods("bbb222", kind="container")
+POD, MEMBER = pods("aaa111"), pods("bbb222", role=Role.MEMBER)
 ALL = (WEB, WEB2, TEST, SHOP, POD, MEMBER)
 
 
@@ -131,10 +133,11 @@ everyone = st.lists(
         Named,
         st.builds(ContainerKey, st.sampled_from(["default", "test"]), st.sampled_from(["web", "web-2", "db"])),
         st.dictionaries(
-            st.sampled_from([KIND, POD_NAME, POD_NAMESPACE, NERDCTL_NAME]),
-            st.sampled_from(["sandbox", "container", "a", "b", "web"]) | st.text(max_size=6),
+            st.sampled_from([POD_NAME, POD_NAMESPACE, NERDCTL_NAME]),
+            st.sampled_from(["a", "b", "web"]) | st.text(max_size=6),
         ),
         st.booleans(),
+        st.sampled_from([None, *Role]),
     ),
     max_size=6,
     unique_by=lambda one: one.key,

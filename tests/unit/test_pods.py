@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrport.model import ContainerKey, Member, Pod
-from ctrport.pods import CONTAINER_NAME, KIND, POD_NAME, POD_NAMESPACE, POD_UID, Pods, Running
+from ctrport.model import ContainerKey, Member, Pod, Role
+from ctrport.pods import CONTAINER_NAME, POD_NAME, POD_NAMESPACE, POD_UID, Pods, Running
 
 HOST, MINE, OTHER = (4, 1), (4, 2), (4, 3)  # network namespaces
 
@@ -20,12 +22,12 @@ def running(name: str, netns: tuple[int, int], started: int = 1, **labels: str) 
 
 
 def sandbox(name: str, netns: tuple[int, int] = MINE, uid: str = "u", started: int = 1) -> Running:
-    labels = {KIND: "sandbox", POD_NAME: "redis-0", POD_NAMESPACE: "prod", POD_UID: uid, "app": "redis"}
-    return Running(key(name), 100 + started, started, netns, labels)
+    labels = {POD_NAME: "redis-0", POD_NAMESPACE: "prod", POD_UID: uid, "app": "redis"}
+    return Running(key(name), 100 + started, started, netns, labels, role=Role.SANDBOX)
 
 
 def member(name: str, netns: tuple[int, int] = MINE, uid: str = "u", called: str = "redis") -> Running:
-    return Running(key(name), 200, 2, netns, {KIND: "container", POD_UID: uid, CONTAINER_NAME: called})
+    return Running(key(name), 200, 2, netns, {POD_UID: uid, CONTAINER_NAME: called}, role=Role.MEMBER)
 
 
 def test_a_container_that_is_in_no_pod_is_published_by_itself() -> None:
@@ -36,6 +38,22 @@ def test_a_container_that_is_in_no_pod_is_published_by_itself() -> None:
     assert container is not None
     assert (container.key, container.pid, container.pod) == (key("web"), 101, None)
     assert container.members == (Member("web", None, {"app": "web"}),)
+
+
+def test_labels_of_a_pod_make_no_pod_of_a_container() -> None:
+    """They may be those of its image."""
+    pods = Pods()
+    pods.see(replace(sandbox("shop"), role=None))
+    pods.see(replace(member("job"), role=None))
+    for name in ("shop", "job"):
+        container = pods.get(key(name))
+        assert container is not None
+        assert container.pod is None
+        assert [one.id for one in container.members] == [name]
+    pods.see(sandbox("s"))
+    pod = pods.get(key("s"))
+    assert pod is not None
+    assert pod.members == ()
 
 
 def test_a_pod_is_published_by_its_sandbox_with_all_of_its_containers() -> None:

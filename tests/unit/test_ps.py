@@ -139,6 +139,24 @@ def test_all_is_well_where_what_is_declared_is_active_and_nothing_else_installed
     assert verdict(unasked) == (True, "ok: 2 of 2 publications are active (the kernel: not asked: that takes root)")
 
 
+def test_who_waits_in_line_is_as_it_should_be_and_whoever_serves_it_is_not_forgotten() -> None:
+    second = replace(WEB, container="web-2", state="waiting", place=1, owner="", bound="", reason="next in line")
+    third = replace(second, container="web-3", place=2)
+    assert verdict(replace(FINE, publications=[WEB, second, third])) == (
+        True,
+        "ok: 1 of 3 publications are active, 2 in line",
+    )
+    assert verdict(replace(FINE, publications=[second]), filtered=True) == (
+        True,
+        "ok: 0 of 1 publication is active, 1 in line",
+    )
+    lost = replace(WEB, state="waiting", installed=False, reason="gone")
+    assert verdict(replace(FINE, publications=[lost, second, third])) == (
+        False,
+        "not ok: 1 of 3 publications are not active, the worst: waiting default/web 80/tcp: gone",
+    )
+
+
 @pytest.mark.parametrize(
     ("current", "line"),
     [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address
+from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from ctrport.model import (
     Family,
     Mapping,
     NodeFacts,
+    PortRange,
     Publication,
     Selector,
     State,
@@ -22,7 +24,7 @@ from ctrport.model import (
 from ctrport.ports import parse
 from ctrport.publish import Change, Publications
 from tests.unit import worlds
-from tests.unit.worlds import FACTS, NODE4, candidate, declaration, fresh, key
+from tests.unit.worlds import FACTS, NODE4, candidate, declaration, fresh, key, wishing
 
 BOTH = (Family.IPV4, Family.IPV6)
 Published = dict[tuple[ContainerKey | str, Mapping], Publication]
@@ -152,6 +154,51 @@ def test_a_port_goes_to_who_started_first_of_those_that_could_be_served(
     assert {publication.source for publication in published.values()} == unmatched
 
 
+@settings(deadline=None, max_examples=300)
+@given(worlds.wish_lists, st.lists(worlds.wishful | st.sampled_from(worlds.NAMES).map(key), max_size=10))
+def test_no_host_port_is_active_twice_whoever_asked_for_it(
+    declarations: list[Declaration], told: list[Candidate | ContainerKey]
+) -> None:
+    publications = Publications(declarations, worlds.FEW, permissions=[worlds.ANYTHING])
+    for said in told:
+        tell(publications, said)
+        publications.settle()
+        bound = [p.bound for p in publications if p.state is State.ACTIVE and p.bound is not None]
+        assert not [(one, other) for one, other in combinations(bound, 2) if one.overlaps(other)]
+
+
+@pytest.mark.parametrize("own", ["8000:80", "80"])
+def test_whoever_takes_any_free_port_takes_none_that_a_container_asked_for_by_itself(own: str) -> None:
+    publications = Publications([declaration("web", "80")], worlds.FEW, permissions=[worlds.ANYTHING])
+    # It has the port since before the daemon was started anew, which chooses from the first on.
+    publications.recover({(key("api"), parse("80")): [PortRange(8000, 8000)]})
+    publications.update(key("api"), wishing("api", 1, [own]))
+    publications.settle()
+    publications.update(key("web"), candidate("web", started=2))
+    publications.settle()
+    has = {p.container.id: str(p.bound) for p in publications if p.container and p.state is State.ACTIVE}
+    assert has == {"api": "8000:80/tcp", "web": "8001:80/tcp"}
+
+
+@pytest.mark.parametrize("earlier", [{}, {(key("api"), parse("80-81")): [PortRange(8000, 8001)]}])
+def test_a_free_port_that_was_taken_back_is_not_had_again_from_whoever_has_it_now(
+    earlier: dict[tuple[ContainerKey, Mapping], list[PortRange]],
+) -> None:
+    publications = Publications([], worlds.FEW)
+    publications.recover(earlier)
+
+    def give(name: str, started: int, *given: str) -> None:
+        publications.update(key(name), wishing(name, started, given=given))
+        publications.settle()
+
+    give("api", 1, "80-81")  # two of the three that there are
+    give("api", 1)
+    give("db", 2, "80-81")
+    give("api", 1, "80-81")
+    has = {p.container.id: (p.state, str(p.bound)) for p in publications if p.container}
+    assert has == {"api": (State.CONFLICT, "None"), "db": (State.ACTIVE, "8000-8001:80-81/tcp")}
+
+
 @settings(deadline=None)
 @given(worlds.declaration_lists(), TELLING)
 def test_states_are_counted_as_they_are(declarations: list[Declaration], told: list[Told]) -> None:
@@ -161,6 +208,7 @@ def test_states_are_counted_as_they_are(declarations: list[Declaration], told: l
     publications.settle()
     states = [publication.state for publication in publications]
     assert {state: publications.count(state) for state in State} == {state: states.count(state) for state in State}
+    assert publications.standby == sum(publication.place > 0 for publication in publications)
     assert publications.unmatched == sum(publication.container is None for publication in publications)
     reasons = [publication.reason for publication in publications]
     assert publications.starved == sum("free host port" in reason for reason in reasons)

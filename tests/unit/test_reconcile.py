@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from ctrport import conntrack, nftports, nodeports, reconcile, survey
+from ctrport.account import NOT_CONNECTED
 from ctrport.config import Config, parse
-from ctrport.containerd import Listed
+from ctrport.containerd import Listed, Unresponsive
 from ctrport.dataplane import Dataplane
 from ctrport.firewall import FirewallError, ForeignChain, ForeignTable
 from ctrport.firewall import Unusable as Unusable_
@@ -29,6 +30,7 @@ from ctrport.node import look
 from ctrport.reconcile import TICK, WAITS, Ground, Reconciler, ticks_to_resync
 from ctrport.rules import Layout, Table
 from ctrport.survey import Survey
+from ctrport.tasks import end
 from tests.unit import worlds
 
 ONE, OTHER = (parse(f"publish: [{{match: {{container: {name}}}, ports: ['80']}}]", name) for name in ("one", "other"))
@@ -302,3 +304,57 @@ async def until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("not within 10 s")
+
+
+class Mute:
+    """A containerd that tells its version and takes subscriptions at once, and has yet to list anything."""
+
+    address = "/run/containerd/containerd.sock"
+
+    async def connected(self, tried: object) -> None:
+        pass
+
+    async def version(self) -> str:
+        return "1.6.20"
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Any]]:
+        async def none() -> AsyncIterator[Any]:
+            await asyncio.Event().wait()
+            yield
+
+        yield none()
+
+
+@pytest.mark.asyncio
+async def test_a_containerd_that_lists_nothing_is_not_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "RETRY", 0.0)
+    while_listing: list[str] = []
+    told: list[str] = []
+    listed = asyncio.Event()
+
+    async def everything() -> None:
+        while_listing.append(reconciler._account.containerd)
+        if len(while_listing) < 3:
+            raise Unresponsive("containerd did not answer within 5 s")
+
+    async def settle(**_: object) -> None:
+        listed.set()
+        await asyncio.Event().wait()
+
+    survey: Any = SimpleNamespace(config=ONE, publications=Nothing(), everything=everything)
+    containerd: Any = Mute()
+    nothing: Any = None
+
+    def on_change() -> None:
+        told.append(reconciler._account.containerd)
+
+    reconciler = Reconciler(containerd, survey, nothing, nothing, on_change, lambda: None)
+    monkeypatch.setattr(reconciler, "_settle", settle)
+    running = asyncio.ensure_future(reconciler._run())
+    await asyncio.wait_for(listed.wait(), 10)
+    await end(running)
+    lost = "lost: containerd did not answer within 5 s"
+    assert while_listing == [NOT_CONNECTED, lost, lost]
+    assert set(told) == {NOT_CONNECTED, lost}
+    assert reconciler._account.containerd == "connected, version 1.6.20"

@@ -83,6 +83,13 @@ def test_a_publication_without_a_container_is_shown_without_a_name() -> None:
     assert (shown.namespace, shown.container, shown.addresses, shown.reason) == ("", "", [], "nobody")
 
 
+def test_who_waits_in_line_is_shown_with_the_place() -> None:
+    second = Publication(active("8080:80").mapping, "f:7", active("8080:80").container, State.WAITING, "next", place=1)
+    shown = PublicationStatus.of(second, "")
+    assert shown.place == PublicationStatus.read(json.loads(shown.json)).place == 1
+    assert PublicationStatus.of(active("8080:80"), "").place == 0
+
+
 @pytest.mark.parametrize(
     "layout",
     [Layout(), Layout("CTRPORT", Place.LAST, localhost=False, networks=True, gates=(Gate(4, 24, interface=True),))],

@@ -331,3 +331,34 @@ def test_what_cannot_be_seen_in_one_place_stands_and_hides_nothing_in_another(mo
     assert seen() == ["CNI-HOSTPORT-DNAT", "kube-proxy"]
     chains.readable, found = True, []
     assert seen() == ["CNI-HOSTPORT-DNAT"]
+
+
+class Lists:
+    """A containerd with the containers of dockerd and others; ``listed`` are the namespaces that were asked for."""
+
+    def __init__(self) -> None:
+        self.listed: list[str] = []
+
+    async def namespaces(self) -> list[str]:
+        return ["default", "moby"]
+
+    async def containers(self, namespace: str, *, annotations: bool) -> list[Listed]:
+        self.listed.append(namespace)
+        return []
+
+
+def test_a_configuration_that_begins_or_ceases_to_name_dockerds_namespace_has_it_looked_at_or_not() -> None:
+    naming = config.parse('publish: [{match: {namespace: moby, container: web}, ports: ["8080:80"]}]', "config.yaml")
+    containerd: Any = Lists()
+    nothing: Any = None
+
+    async def listed_for(next: config.Config) -> list[str]:
+        containerd.listed.clear()
+        await survey.use(next, {})
+        return list(containerd.listed)
+
+    async def listed() -> list[list[str]]:
+        return [await listed_for(each) for each in (naming, naming, CONFIG, CONFIG)]
+
+    survey = Survey(CONFIG, containerd, nothing, {})
+    assert asyncio.run(listed()) == [["default", "moby"], [], ["default"], []]

@@ -42,6 +42,13 @@ def test_where_there_is_little_room_it_is_below(width: int) -> None:
     assert " ".join(line.strip() for line in rest) == ROWS[2][2]
 
 
+@pytest.mark.parametrize("width", [0, 1, 4])
+def test_where_there_is_no_room_at_all_it_is_below_all_the_same(width: int) -> None:
+    said = [click.unstyle(line).strip() for line in lines(width)]
+    at = said.index("active       conflict")
+    assert "".join(said[at + 1 :]) == ROWS[2][2].replace(" ", "")
+
+
 def test_states_are_coloured_and_nothing_else() -> None:
     head, web, active = lines(100)
     assert "\x1b" not in head

@@ -9,6 +9,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from hypothesis import strategies as st
 
 from ctrport import ports
+from ctrport.declared import NAME, Kind, Permission
 from ctrport.model import (
     Access,
     Address,
@@ -19,6 +20,7 @@ from ctrport.model import (
     Declaration,
     Endpoint,
     Family,
+    Live,
     Mapping,
     Member,
     NodeFacts,
@@ -148,6 +150,28 @@ facts = st.builds(
     st.frozensets(st.sampled_from(Family)),
     st.frozensets(st.sampled_from([NODE4, NODE6])),
 )
+
+#: A rule by which containers may publish by themselves whatever they ask for.
+ANYTHING = Permission("config.yaml:9", frozenset(Kind), (PortRange(1, 65535),), any_free=True)
+#: A few host ports to choose from, which some ask for by number.
+FEW = replace(FACTS, free_ports=(PortRange(8000, 8002),))
+_wishes = st.lists(st.sampled_from(("80", "8000:80", "80-81", "8001:80", "8000-8002:80")), max_size=2, unique=True)
+
+
+def wishing(name: str, started: int, own: Sequence[str] = (), given: Sequence[str] = ()) -> Candidate:
+    """A container that declares mappings of its ``own``, with some that the operator has ``given`` it."""
+    its = candidate(name, started=started, labels={NAME: ",".join(own)} if own else {})
+    live = Live(tuple(map(ports.parse, given)), "1") if given else None
+    return replace(its, container=replace(its.container, live=live))
+
+
+_names = st.sampled_from(NAMES)
+wishful = (
+    st.builds(wishing, _names, st.integers(1, 3), own=_wishes)
+    | st.builds(wishing, _names, st.integers(1, 3), given=_wishes)
+    | st.builds(wishing, _names, st.integers(1, 3), own=_wishes, given=_wishes)
+)
+wish_lists = _wishes.map(lambda wanted: [declaration("web", *wanted)] if wanted else [])
 
 
 @st.composite

@@ -15,7 +15,7 @@ from ..containerd import Listed
 from ..endpoints import Gone, addresses6, local_addresses, netns, read, read_if_any
 from ..listeners import parse, printable
 from ..model import Address, Protocol
-from ..pods import KIND, POD_NAME, POD_NAMESPACE
+from ..pods import POD_NAME, POD_NAMESPACE
 from .facts import Inhabitant, Next, Socket
 
 _FILES = ((Protocol.TCP, ("tcp", "tcp6")), (Protocol.UDP, ("udp", "udp6")))
@@ -72,7 +72,7 @@ def _name(pid: int, members: list[Listed]) -> str:
     """Return what to call it, in words safe to print: a pod by its name, another container by its key."""
     for each in members:
         namespace, pod = each.labels.get(POD_NAMESPACE), each.labels.get(POD_NAME)
-        if each.labels.get(KIND) and namespace and pod:
+        if each.role is not None and namespace and pod:
             return f"pod:{printable(namespace, 63)}/{printable(pod, 253)}"
     if members:
         return str(min(each.key for each in members))
