@@ -39,7 +39,7 @@ class Work:
     beside: tuple[int, ...] = (10, 1000, 10_000)
     kept: int = 1000  # of the ranges, that which the peers publish once and keep
     turn: float = 0.25
-    idle: float = 15.0
+    idle: float = 60.0  # everything is looked at again once a minute
 
 
 WHOLE = Work()

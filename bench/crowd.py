@@ -38,7 +38,7 @@ STARTS = 5
 #: with a mapping of each.
 SOON, TRANSACTIONS, BEHIND, RESIDENT = 3.0, 20, 2.0, 80.0
 #: The part of a core that it may take when nothing happens, and the seconds over which that is seen.
-IDLE, IDLE_SECONDS = 0.001, 20.0
+IDLE, IDLE_SECONDS = 0.001, 60.0
 
 # A bridge, and for each container a network namespace that is joined to it: what CNI makes, without a process for each.
 _NETWORK = """

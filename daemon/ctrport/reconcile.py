@@ -464,7 +464,7 @@ class Reconciler:
         was_in_line, transactions = self._dataplane.in_line, self._dataplane.transactions
         drift, news = Drift(), False
         if was_in_line or changes or mend or time.monotonic() >= self._retry_at:
-            began, grounds = _cpu(), self._suspicion.begin() if mend else Grounds()
+            began, grounds = (_cpu(), self._suspicion.begin()) if mend else (0.0, Grounds())
             try:
                 drift = await self._dataplane.follow(changes, self._survey.facts, mend=mend)
             except FirewallError as error:
