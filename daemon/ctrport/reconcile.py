@@ -25,12 +25,13 @@ from .connections import Counts
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .events import Event
-from .firewall import Firewall, FirewallError, ForeignChain, ForeignTable, Unusable
+from .firewall import Firewall, FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
 from .model import ContainerKey, Family, Publication
 from .pace import Backoff, Pace
 from .publish import Change
+from .reload import Reload
 from .status import Status
 from .survey import Survey
 from .suspicion import Grounds, Suspicion
@@ -52,14 +53,6 @@ MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.005
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
-#: Seconds until a configuration that was refused for what may pass is tried again at the latest.
-LATEST_RELOAD = 60.0
-
-#: Why a configuration that came is not in use yet.
-WAITS = "the new one waits until containerd answers and the node can be looked at"
-
-#: What a configuration is refused for until it or the node is changed by somebody.
-LASTING = (ForeignChain, ForeignTable, Unusable)
 
 
 @dataclass(frozen=True)
@@ -118,17 +111,13 @@ class Reconciler:
         self._prepare = prepare
         self._on_change = on_change
         self._on_turn = on_turn
-        self._next_config: Config | None = None
-        self._taken_up: Config | None = None  # that which is being taken up now
-        self._stayed = False  # whether the files have become ones that cannot be used since
-        self._reload_at, self._reloading = 0.0, Backoff(RETRY, LATEST_RELOAD)
-        self._follows = False  # whether its loop comes round to take one up
         self._table_watch: asyncio.Task[None] | None = None
         self._suspicion = Suspicion()
         self._others_wrote = True
         self._deaf = True  # whether nobody tells when others write
         self._chronicle = Chronicle(self._tally)
         self._account = Account(survey, self._chronicle, self._tally)
+        self._reload = Reload(self._account, self._tally, self._tell)
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
@@ -194,75 +183,29 @@ class Reconciler:
 
     def use(self, config: Config) -> None:
         """Use another configuration from the next turn on; what is the same in both is not touched."""
-        in_use = self._survey.config if self._taken_up is None else self._taken_up
-        self._next_config = None if config == in_use else config
-        self._stayed = False
-        self._reload_at = 0.0
-        self._reloading.reset()
-        if self._next_config is None:
-            self._taken_back()
-        else:
-            self._say_stale("" if self._follows else WAITS)
+        self._reload.want(config, self._survey.config)
         self._wake.set()
-
-    def _say_stale(self, reason: str) -> None:
-        if self._account.stale != reason:
-            self._account.stale = reason
-            self._tell()
-
-    def _stop_following(self) -> None:
-        """Until all is looked at again nothing is taken up; say so where something is to be."""
-        self._follows = False
-        if self._next_config is not None and not self._account.stale:
-            self._say_stale(WAITS)
-
-    def _taken_back(self) -> None:
-        """The files have again what is in use."""
-        if self._account.stale:
-            self._account.stale = ""
-            self._reloaded()
-            self._tell()
 
     def stay(self, reason: str) -> None:
         """Go on with the configuration in use, as the one of the files cannot be, and say why."""
-        self._next_config, self._stayed = None, True
-        self._refuse(reason)
-
-    def _refuse(self, reason: str) -> None:
-        if reason != self._account.stale:
-            self._tally.failed_reloads += 1
-            self._account.stale = reason
-            log.error(Event("not-reloaded", reason=reason))
-            self._tell()
-
-    def _refuse_for_now(self, config: Config, error: FirewallError | OSError) -> None:
-        """Refuse a configuration, and try it again later where that may pass, unless another came meanwhile."""
-        if self._stayed:
-            return
-        self._refuse(str(error))
-        if self._next_config is None and not isinstance(error, LASTING):
-            self._next_config, self._reload_at = config, time.monotonic() + self._reloading.pause()
-
-    def _reloaded(self) -> None:
-        self._tally.reloads += 1
-        self._account.reloaded_at = time.time()
+        self._reload.stay(reason)
 
     async def _change_config(self, config: Config) -> None:
         """Have the kernel follow another configuration. Raises ``ContainerdError``, and is through with it then too.
 
         And ``OSError`` where this process may not so much as open a file: then all has to be looked at again first.
         """
-        self._taken_up, self._stayed = config, False
+        self._reload.begin(config)
         try:
             await self._take_up(config)
         finally:
-            self._taken_up = None
+            self._reload.end()
 
     async def _take_up(self, config: Config) -> None:
         if config == self._survey.config:
-            return self._taken_back()  # while another was being taken up, of which nothing came
+            return self._reload.take_back()  # while another was being taken up, of which nothing came
         if config.containerd.address != self._survey.config.containerd.address:
-            return self._refuse("another containerd.address takes a restart: systemctl restart ctrport")
+            return self._reload.refuse("another containerd.address takes a restart: systemctl restart ctrport")
         ground: Ground | None = None
         try:
             ground = await self._prepare(config)
@@ -270,17 +213,14 @@ class Reconciler:
         except (FirewallError, OSError) as error:
             if ground is not None:
                 await ground.close()
-            return self._refuse_for_now(config, error)
+            return self._reload.refuse_for_now(config, error)
         before = self._ground
         await self._leave_ground()
         ground.dataplane.succeed(before.dataplane)
         ground.dataplane.hold_at_most(ground.reserve_limit)
         self._ground = ground
         self._table_watch = asyncio.create_task(self._watch_tables(ground.alarm))
-        self._reloaded()
-        self._reloading.reset()
-        if not self._stayed:
-            self._account.stale = ""
+        self._reload.succeed()
         self._told_before = list(self._survey.publications)
         try:
             await self._survey.use(config, ground.firewalls)
@@ -307,7 +247,7 @@ class Reconciler:
                     try:
                         await self._follow(reader, version)
                     finally:
-                        self._stop_following()
+                        self._reload.wait()
                         reader.cancel()
                         await asyncio.gather(reader, return_exceptions=True)
             except ContainerdError as error:
@@ -380,15 +320,14 @@ class Reconciler:
         await self._dataplane.prepare()
         gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
         ticks, next_tick = TICKS_TO_RESYNC, time.monotonic() + TICK
-        self._follows = True
+        self._reload.follow()
         while not reader.done():
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it
-            if self._next_config is not None and time.monotonic() >= self._reload_at:
-                config, self._next_config = self._next_config, None
+            if self._reload.next is not None and time.monotonic() >= self._reload.due:
+                config, self._reload.next = self._reload.next, None
                 with self._turn("configuration"):
                     await self._change_config(config)
-            reload_at = math.inf if self._next_config is None else self._reload_at
-            await self._woken(min(next_tick, self._due_at(), reload_at))
+            await self._woken(min(next_tick, self._due_at(), self._reload.due))
             if self._dirty or self._node_changed:
                 pause = self._pace.wait(time.monotonic())
                 if pause:

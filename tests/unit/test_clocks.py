@@ -24,7 +24,7 @@ SHOWN = {
     ("events.py", "moment"),
     ("happened.py", "moment"),
     ("ps.py", "_age"),
-    ("reconcile.py", "_reloaded"),
+    ("reload.py", "_count"),
 }
 
 

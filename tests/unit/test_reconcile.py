@@ -27,7 +27,8 @@ from ctrport.firewall.tables import Tables
 from ctrport.hostports import Claim, Reservations
 from ctrport.model import ContainerKey, Endpoint, Family
 from ctrport.node import look
-from ctrport.reconcile import TICK, WAITS, Ground, Reconciler, ticks_to_resync
+from ctrport.reconcile import TICK, Ground, Reconciler, ticks_to_resync
+from ctrport.reload import WAITS
 from ctrport.rules import Layout, Table
 from ctrport.survey import Survey
 from ctrport.tasks import end
@@ -56,7 +57,7 @@ class Unusable:
         self.reconciler = Reconciler(nothing, survey, nothing, self._prepare, lambda: None, lambda: None)
 
     def next(self) -> Config | None:
-        return self.reconciler._next_config
+        return self.reconciler._reload.next
 
     async def _prepare(self, config: Config) -> Any:
         self.asked.set()
@@ -65,7 +66,7 @@ class Unusable:
 
     async def refuse(self, config: Config) -> None:
         self.answer.set()
-        self.reconciler._next_config = None  # as the loop takes it
+        self.reconciler._reload.next = None  # as the loop takes it
         await self.reconciler._change_config(config)
 
     @property
@@ -108,12 +109,12 @@ async def test_what_is_refused_for_what_may_pass_is_tried_again_and_told_once(
         began = time.monotonic()
         await its.refuse(OTHER)
         assert its.next() == OTHER
-        pauses.append(round(its.reconciler._reload_at - began))
+        pauses.append(round(its.reconciler._reload.due - began))
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
     assert its.stale == str(error)
     assert sum("not-reloaded" in message for message in caplog.messages) == 1
     its.reconciler.use(OTHER)  # asked for: at once
-    assert its.reconciler._reload_at == 0
+    assert its.reconciler._reload.due == 0
 
 
 @pytest.mark.asyncio
@@ -145,10 +146,10 @@ async def test_while_nothing_is_followed_a_configuration_that_came_is_said_to_wa
     assert its.stale == WAITS
     its.reconciler.use(ONE)
     assert its.stale == ""
-    its.reconciler._follows = True
+    its.reconciler._reload.follow()
     its.reconciler.use(OTHER)
     assert its.stale == ""
-    its.reconciler._stop_following()
+    its.reconciler._reload.wait()
     assert its.stale == WAITS
 
 
