@@ -56,6 +56,7 @@ WAYS = {
     "ctrport unpublish web 8080": Way(NOTHING, before="ctrport publish web 8080:80", says="8080:80/tcp is withdrawn"),
     "ctrport unpublish NAME": Way(before=_GIVEN, says="5353:53/udp is withdrawn"),
     "ctrport ps --watch": Way(until="default/web"),
+    "ctrport events --follow": Way(until="published"),
     "ctrport run": Way(STOPPED, until="in-line"),
     "ctrport run --verbose": Way(STOPPED, until="in-line"),
     "ctrport run --log json": Way(STOPPED, until='"in-line"'),
