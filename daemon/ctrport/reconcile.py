@@ -303,7 +303,9 @@ class Reconciler:
     async def _follow(self, reader: asyncio.Task[None], version: str) -> None:
         """Look everywhere once and then where events say, until they end. Raises ``ContainerdError``."""
         with self._turn("resync"):
+            began = _cpu()
             await self._survey.everything()
+            ticks = ticks_to_resync(_cpu() - began)
             # Not before: it may tell its version, which it knows without asking anybody, and list nothing.
             self._account.containerd = f"connected, version {version}"
             if self._account.blind:
@@ -319,7 +321,7 @@ class Reconciler:
         await self._dataplane.sweep()
         await self._dataplane.prepare()
         gc.freeze()  # what is there by now mostly stays, and is not to be gone through again and again
-        ticks, next_tick = TICKS_TO_RESYNC, time.monotonic() + TICK
+        next_tick = time.monotonic() + TICK
         self._reload.follow()
         while not reader.done():
             self._on_turn()  # here alone while containerd answers: all that a turn has to do is behind it

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
@@ -35,6 +36,8 @@ ABREAST = 16
 STEPS_TO_ASK = 4
 #: How often ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its tick.
 LOOKS_FOR_MORE = 6
+#: And at how many of them at a time, as a look takes half a millisecond, and there may be a thousand.
+MORE_AT_A_TIME = 16
 
 
 class Survey:
@@ -51,6 +54,7 @@ class Survey:
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
         self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
+        self._looks = 0  # how many of the others were looked at for that
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -125,7 +129,10 @@ class Survey:
         # What is published is among it also where an earlier look broke off, which may have forgotten it already.
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
-        self._complete([candidate.container.key for candidate in self.publications.candidates])
+        older = [each.container.key for each in self.publications.candidates if each.container.key not in self._young]
+        for number in range(min(len(older), MORE_AT_A_TIME)):
+            self._complete(older[(self._looks + number) % len(older)])
+        self._looks += MORE_AT_A_TIME
 
     def expect(self, event: TaskEvent) -> None:
         """Take in what an event says of a container that is to start."""
@@ -220,8 +227,10 @@ class Survey:
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet, or one in one family since lately, and may get it without any event."""
         self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
-        self._complete(self._young)
-        self._young = {key: left - 1 for key, left in self._young.items() if left > 1}
+        for key, left in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
+            del self._young[key]
+            if self._complete(key) and left > 1:
+                self._young[key] = left - 1  # behind those that wait for their turn
 
     def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
         """Find out what is to be known of these containers; None are those that do not run."""
@@ -267,23 +276,23 @@ class Survey:
         self._young[container.key] = LOOKS_FOR_MORE
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
 
-    def _complete(self, keys: Iterable[ContainerKey]) -> None:
-        """Look for the other family of those that are to be served in both and were found in one alone.
+    def _complete(self, key: ContainerKey) -> bool:
+        """Look for the other family of one that is to be served in both and was found in one; return whether it was.
 
         A container may get an address by router advertisement when it runs already. What is known of it stands.
         """
-        served = set(self._firewalls) & self.facts.forwarding
-        for key in keys:
-            known = self.publications.candidate(key)
-            if known is None or not isinstance(known.endpoint, Endpoint):
-                continue
-            if not (self.publications.families(key) & served) - known.endpoint.families:
-                continue
-            container = known.container
-            with contextlib.suppress(Gone):
-                found = self._endpoints.find(container.pid)
-                if isinstance(found, Endpoint) and endpoints.started(container.pid) == container.started:
-                    self.publications.update(key, replace(known, endpoint=known.endpoint.completed_by(found)))
+        known = self.publications.candidate(key)
+        if known is None or not isinstance(known.endpoint, Endpoint):
+            return False
+        wanted = self.publications.families(key) & set(self._firewalls) & self.facts.forwarding
+        if not wanted - known.endpoint.families:
+            return False
+        container = known.container
+        with contextlib.suppress(Gone):
+            found = self._endpoints.find(container.pid)
+            if isinstance(found, Endpoint) and endpoints.started(container.pid) == container.started:
+                self.publications.update(key, replace(known, endpoint=known.endpoint.completed_by(found)))
+        return True
 
     def _look_ahead(self, pids: Iterable[int]) -> None:
         self._ahead.clear()

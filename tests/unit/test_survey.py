@@ -263,7 +263,7 @@ def test_an_address_of_the_other_family_that_comes_later_is_taken_in(
 def test_what_is_known_stands_when_the_other_family_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     world = Growing(monkeypatch)
     world.at = ["172.17.0.9", "fd00::2"]
-    world.resync()
+    world.survey.what_may_heal()
     assert world.addresses() == ["172.17.0.2", "fd00::2"]
     world.at = []
     world.resync()
@@ -276,6 +276,30 @@ def test_the_other_family_is_looked_for_a_few_times_after_the_start(monkeypatch:
     for _ in range(100):
         world.survey.what_may_heal()
     assert world.finds - before == LOOKS_FOR_MORE
+
+
+def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrport.survey.MORE_AT_A_TIME", 1)
+    world = Growing(monkeypatch)
+    other = ContainerKey("default", "other")
+    world.survey.publications.update(other, worlds.candidate("other", "172.17.0.3"))
+    world.survey._young[other] = LOOKS_FOR_MORE
+    looked: list[ContainerKey] = []
+
+    def completing(key: ContainerKey) -> bool:
+        looked.append(key)
+        return True
+
+    monkeypatch.setattr(world.survey, "_complete", completing)
+    for _ in range(4):
+        world.survey.what_may_heal()
+    assert looked == [WEB, other] * 2
+    world.survey._young.clear()
+    monkeypatch.setattr(world.survey, "_take_in", lambda found: None)
+    for _ in range(4):
+        world.resync()
+    assert set(looked[4:6]) == {WEB, other}
+    assert looked[6:] == looked[4:6]
 
 
 @pytest.mark.parametrize(
