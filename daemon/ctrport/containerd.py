@@ -81,8 +81,8 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", int(DEADLINE * 1000)),  # how long one try may take, in spite of its name
 )
 
-#: The states in which a task has its network, and with it its mappings.
-_RUNNING = frozenset({task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
+#: The states in which a task has its network, and with it its mappings, or gets it before it starts.
+_RUNNING = frozenset({task_pb2.CREATED, task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
 
 
 class ContainerdError(Failure):
@@ -107,14 +107,15 @@ class Refused(ContainerdError):
 
 @dataclass(frozen=True)
 class Listed:
-    """A container with a running, pausing or paused task.
+    """A container with a task that was created, or is running, pausing or paused.
 
     ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
     in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
     is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
     ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
     ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for. One that is
-    ``paused`` has its network and answers nobody. ``role`` is what the CRI plugin has it for in a pod.
+    ``paused`` has its network and answers nobody. One that ``starts`` has a process that waits to be let go on, and may
+    have no network yet. ``role`` is what the CRI plugin has it for in a pod.
     """
 
     key: ContainerKey
@@ -125,6 +126,7 @@ class Listed:
     runs: bool = True
     cgroup: str = ""
     paused: bool = False
+    starts: bool = False
     role: Role | None = None
 
 
@@ -245,7 +247,7 @@ class Containerd:
             call.cancel()  # an abandoned call is never collected (grpc/grpc#43462)
 
     async def containers(self, namespace: str, *, annotations: bool = False, ended: bool = False) -> list[Listed]:
-        """Return every container of ``namespace`` with a running, pausing or paused task, sorted by id.
+        """Return every container of ``namespace`` whose task was created or runs, pauses or is paused, sorted by id.
 
         Empty for a namespace that is not there. ``annotations`` is whether to read those as well. With ``ended`` those
         are among them that have no such task, and do not run.
@@ -261,7 +263,7 @@ class Containerd:
     async def container(
         self, key: ContainerKey, *, annotations: bool = False, stored: Listed | None = None
     ) -> Listed | None:
-        """Return one container as it is now, or None when it is gone or its task neither runs nor is paused.
+        """Return one container as it is now, or None when it is gone, or has no task but one that ended.
 
         ``stored`` is what the method of that name said of it, where nothing of that has changed.
         """
@@ -478,7 +480,9 @@ def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:
     unknown = process is not None and process.status == task_pb2.UNKNOWN
     runs = unknown or (process is not None and process.status in _RUNNING)
     pid = process.pid if process is not None and runs and not unknown else None
-    return replace(stored, pid=pid, runs=runs, paused=process is not None and process.status == task_pb2.PAUSED)
+    status = None if process is None else process.status
+    starts, paused = status == task_pb2.CREATED, status == task_pb2.PAUSED
+    return replace(stored, pid=pid, runs=runs, starts=starts, paused=paused)
 
 
 def _live(container: containers_pb2.Container) -> Live | None:

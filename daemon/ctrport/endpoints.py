@@ -169,6 +169,13 @@ class Endpoints:
     async def __aexit__(self, *exception: object) -> None:
         self._netlink.close()
 
+    def heard_of(self, pid: int) -> int | None:
+        """Return the id under which ``netlink.address_changes`` tells of a process's network; None for the host's own.
+
+        Raises ``Gone`` and ``OSError``.
+        """
+        return None if netns(pid) == netns(os.getpid()) else self._netlink.nsid(pid)
+
     def find(self, pid: int) -> Endpoint | Obstacle:
         """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``.
 

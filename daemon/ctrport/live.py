@@ -146,7 +146,7 @@ async def _find(containerd: Containerd, config: Config, name: str) -> _Target:
     found: list[Listed] = []
     for namespace in await containerd.namespaces():
         found += await containerd.containers(namespace, annotations=config.reads_annotations, ended=True)
-    everyone = [Named(listed.key, listed.labels, listed.runs, listed.role) for listed in found]
+    everyone = [Named(one.key, one.labels, one.runs and not one.starts, one.role) for one in found]
     watched = [named for named in everyone if config.watches(named.key.namespace)]
     try:
         named = find(name, watched)

@@ -14,7 +14,7 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -38,7 +38,9 @@ _TENTATIVE = 0x40
 _FIB_MATCH = 0x2000  # answer with the route that matched, not with one made for the address
 _SKIP_STATS = 8
 _NOT_ASSIGNED = -1
-_SOL_NETLINK, _STRICT = 270, 12
+_SOL_NETLINK, _LISTEN_ALL_NSID, _STRICT = 270, 8, 12
+_FROM_NSID = [_SOL_NETLINK, _LISTEN_ALL_NSID]
+_ROOM = socket.CMSG_SPACE(4)
 _LOCAL_TABLE = 255
 
 UNICAST, LOCAL = 1, 2  # kinds of route
@@ -252,38 +254,69 @@ class Netlink(Conversation):
         return found
 
 
-async def address_changes() -> AsyncIterator[None]:
-    """Yield whenever an address of this network namespace came or went. Raises ``OSError``.
+async def address_changes() -> AsyncIterator[int | None]:
+    """Yield whenever an address of this network namespace came or went: None. Raises ``OSError``.
 
-    Those of a link alone (fe80::) do not count: every veth has one, and comes and goes with its container. A tentative
-    one, which others may have (duplicate address detection), comes when it is found to be free.
+    And where one came in another, the id that this has in ours (see ``Netlink.nsid``), as long as it has one: of all
+    those the kernel tells who asks so and has CAP_NET_BROADCAST.
+
+    Those of a link alone (fe80::) do not count: every veth has one, and comes and goes with its container. In our own
+    a tentative one, which others may have (duplicate address detection), comes when it is found to be free.
     """
+    loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as listener:
+        with contextlib.suppress(PermissionError):
+            listener.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
         listener.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
         listener.setblocking(False)
         while True:
+            await _readable(loop, listener)
             try:
-                said = await asyncio.get_running_loop().sock_recv(listener, 1 << 16)
+                said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
+            except BlockingIOError:
+                continue
             except OSError as error:
                 if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
                     raise
-                yield
+                yield None
             else:
-                if _tells_of_change(said):
-                    yield
+                # Without such a word it is our own.
+                nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
+                if _tells_of_change(said) if nsid is None else _tells_of_new(said):
+                    yield nsid
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
+    # asyncio has no recvmsg().
+    ready = asyncio.Event()
+    loop.add_reader(listener, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 def _tells_of_change(said: bytes) -> bool:
     """Whether one of these messages is of an address that came into use or went."""
-    for kind, message in messages(said):
-        if len(message) < 8:
-            continue
-        family, _, flags, scope = struct.unpack_from("=BBBB", message)
+    for kind, family, flags, scope in _addresses(said):
         if family == socket.AF_INET or (
             scope != _SCOPE_LINK and (kind == _RTM_DELADDR or (kind == _RTM_NEWADDR and not flags & _TENTATIVE))
         ):
             return True
     return False
+
+
+def _tells_of_new(said: bytes) -> bool:
+    """Whether one of these messages is of an address that came and by which others could reach its host."""
+    return any(kind == _RTM_NEWADDR and scope < _SCOPE_LINK for kind, _, _, scope in _addresses(said))
+
+
+def _addresses(said: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield of each message its kind, and the family, the flags and the scope of the address."""
+    for kind, message in messages(said):
+        if len(message) >= 8:
+            family, _, flags, scope = struct.unpack_from("=BBBB", message)
+            yield kind, family, flags, scope
 
 
 def _number(data: bytes | None) -> int | None:

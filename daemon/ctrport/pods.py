@@ -25,7 +25,7 @@ class Running:
 
     ``annotation`` is the ports that an annotation asks for, its own or, of a sandbox, its pod's; ``live`` is what the
     operator asked for, which counts for a container of a pod only if that is the sandbox. ``role`` is what it is to
-    a pod.
+    a pod. ``starts`` is whether its process waits yet to be let go on: its network may be made only now.
     """
 
     key: ContainerKey
@@ -36,6 +36,7 @@ class Running:
     annotation: str | None = None
     live: Live | None = None
     role: Role | None = None
+    starts: bool = False
 
 
 #: What a sandbox and the containers of its pod have in common, and no other pod with them.

@@ -121,6 +121,7 @@ class Reconciler:
         self._dirty: dict[ContainerKey, _Seen] = {}
         self._node_changed = False
         self._wake = asyncio.Event()
+        survey.on_foreseen = self._wake.set
         self._pace = Pace(BURST, INTERVAL)
         self._retry_at, self._writing = 0.0, Backoff(RETRY, TICK)
         self._looking = Backoff(RETRY, TICK)
@@ -264,9 +265,11 @@ class Reconciler:
 
     async def _watch_node(self) -> None:
         try:
-            async for _ in netlink.address_changes():
-                self._node_changed = True
-                self._wake.set()
+            async for nsid in netlink.address_changes():
+                self._survey.network_changed(nsid)
+                if nsid is None:
+                    self._node_changed = True
+                    self._wake.set()
         except OSError as error:
             log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
 
@@ -278,7 +281,6 @@ class Reconciler:
             async for writer in alarm:
                 self._suspicion.tell("" if writer is None else str(writer), time.monotonic())
                 self._others_wrote = True
-                self._survey.prepare()  # it may have been a network that was made for a container
                 self._wake.set()
         except OSError as error:
             log.warning("what others do to our rules is seen once a minute only from now on: %s", error)
@@ -330,7 +332,7 @@ class Reconciler:
                 with self._turn("configuration"):
                     await self._change_config(config)
             await self._woken(min(next_tick, self._due_at(), self._reload.due))
-            if self._dirty or self._node_changed:
+            if self._dirty or self._node_changed or self._survey.foreseen_since is not None:
                 pause = self._pace.wait(time.monotonic())
                 if pause:
                     await asyncio.sleep(pause)
@@ -355,11 +357,14 @@ class Reconciler:
             self._node_changed = False
             await self._survey.node(others=False)
         dirty, self._dirty = self._dirty, {}
-        since = min((seen.at for seen in dirty.values()), default=None)
+        first = (self._survey.foreseen_since, *(seen.at for seen in dirty.values()))
+        since = min((at for at in first if at is not None), default=None)
         named = {key: seen.pid for key, seen in dirty.items()}
         foreseen = self._survey.foresee(named)
         if foreseen:
             await self._settle(since=since)
+        if not named and foreseen:
+            return
         await self._survey.look(named, foreseen=foreseen)
         await self._settle(since=since)
 

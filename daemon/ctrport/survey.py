@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import Awaitable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -50,7 +50,9 @@ class Survey:
         self._config = config
         self._containerd = containerd
         self._endpoints = finder
-        self._expected = Expected(containerd, finder)
+        self._expected = Expected(containerd, finder, self._matters, lambda: self.on_foreseen())
+        #: Called when there is something to ``foresee``, whatever events say.
+        self.on_foreseen: Callable[[], None] = lambda: None
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
         self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
@@ -138,9 +140,14 @@ class Survey:
         """Take in what an event says of a container that is to start."""
         self._expected.take(event, annotations=self._config.reads_annotations)
 
-    def prepare(self) -> None:
-        """Look where those are that are to start: a network may have been made for one."""
-        self._expected.prepare()
+    def network_changed(self, nsid: int | None) -> None:
+        """Look where those are that are to start in the network namespace with this id in ours; None is ours."""
+        self._expected.network_changed(nsid)
+
+    @property
+    def foreseen_since(self) -> float | None:
+        """Since when there is something to ``foresee``, whatever events say; None where there is nothing."""
+        return min(self._expected.ready.values(), default=None)
 
     @property
     def start_is_near(self) -> bool:
@@ -152,24 +159,35 @@ class Survey:
 
         That a process is in the cgroup that containerd has stored for a container that was made: then it has started.
         And that a process which ran is gone. ``look`` has to follow. Raises ``OSError`` as that does.
+
+        Among them are those that are yet to start and have their network: containerd is asked when they have.
         """
         touched: set[ContainerKey] = set()
         foreseen: set[ContainerKey] = set()
         self._ahead.clear()
+        ready, self._expected.ready = self._expected.ready, {}
+        for key in ready.keys() - seen.keys():
+            pid = self._expected.process(key)
+            found = self._expected.started(key, pid) if pid is not None else None
+            if found is not None:
+                touched |= self._foreseen(key, replace(found[0], starts=True), found[1])
+                foreseen.add(key)
         for key, pid in seen.items():
             found, process = self._expected.started(key, pid) if pid is not None else None, self._pods.process(key)
             if found is not None:
-                running, endpoint = found
-                if endpoint is not None:
-                    self._ahead[running.pid, running.started] = endpoint
-                    self._early.add(key)
-                touched |= self._pods.see(running)
+                touched |= self._foreseen(key, *found)
                 foreseen.add(key)
             elif pid is None and process is not None and not _lives(*process):
                 touched |= self._pods.forget(key)
                 foreseen.add(key)
         self._judge(touched)
         return foreseen
+
+    def _foreseen(self, key: ContainerKey, running: Running, endpoint: Endpoint | None) -> set[ContainerKey]:
+        if endpoint is not None:
+            self._ahead[running.pid, running.started] = endpoint
+            self._early.add(key)
+        return self._pods.see(running)
 
     async def look(self, seen: Mapping[ContainerKey, int | None], *, foreseen: Collection[ContainerKey] = ()) -> None:
         """Look at these containers, each with the process it is said to have. Raises ``ContainerdError``.
@@ -255,7 +273,18 @@ class Survey:
         for key in keys:
             container = self._pods.get(key)
             wanted = container is not None and self.publications.wants(container)
-            self.publications.update(key, self._candidate(container) if container and wanted else None)
+            candidate = self._candidate(container) if container and wanted else None
+            running = self._pods.seen(key)
+            if candidate is not None and isinstance(candidate.endpoint, Obstacle) and running and running.starts:
+                candidate = None  # what there is to say of it is to be said when it has started
+            self.publications.update(key, candidate)
+
+    def _matters(self, running: Running) -> bool:
+        """Whether anything of a container would be published if this were all that there is of it."""
+        alone = Pods()
+        alone.see(running)
+        container = alone.get(running.key)
+        return container is not None and self.publications.wants(container)
 
     def _candidate(self, container: Container) -> Candidate | None:
         try:

@@ -25,7 +25,14 @@ _DROP_IN = f"""
 WatchdogSec={WATCHDOG}
 """
 
-_CAPABILITIES = {"NET_ADMIN": 12, "NET_BIND_SERVICE": 10, "NET_RAW": 13, "SYS_PTRACE": 19, "DAC_READ_SEARCH": 2}
+_CAPABILITIES = {
+    "DAC_READ_SEARCH": 2,
+    "NET_BIND_SERVICE": 10,
+    "NET_BROADCAST": 11,
+    "NET_ADMIN": 12,
+    "NET_RAW": 13,
+    "SYS_PTRACE": 19,
+}
 
 # 8082 has a program of another user, 8090 comes with a reload.
 CONFIG = """

@@ -43,6 +43,7 @@ NUMBERS = {
     "CAP_SETUID": 7,
     "CAP_SETPCAP": 8,
     "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_BROADCAST": 11,
     "CAP_NET_ADMIN": 12,
     "CAP_NET_RAW": 13,
     "CAP_SYS_CHROOT": 18,
@@ -51,7 +52,7 @@ NUMBERS = {
     "CAP_AUDIT_WRITE": 29,
     "CAP_SETFCAP": 31,
 }
-GIVEN = {*NUMBERS} - {"CAP_DAC_READ_SEARCH", "CAP_NET_ADMIN", "CAP_SYS_PTRACE"}
+GIVEN = {*NUMBERS} - {"CAP_DAC_READ_SEARCH", "CAP_NET_ADMIN", "CAP_NET_BROADCAST", "CAP_SYS_PTRACE"}
 
 #: As Debian's base image has it.
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

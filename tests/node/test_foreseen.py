@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,10 @@ from ctrport.api import events_pb2, payloads_pb2
 from ctrport.cgroups import is_in
 from ctrport.containerd import Containerd
 from ctrport.model import ContainerKey
+from embedded.container import Container
 from embedded.cri import CRI_NAMESPACE
+from embedded.host import CommandError
+from embedded.network import CONFIGS
 from embedded.node import Node
 from embedded.traffic import Server, eventually
 from tests.node.daemon import Ctrport, publish, wait_closed, wait_open
@@ -83,3 +88,125 @@ def test_a_start_that_was_none_opens_no_port_whatever_process_it_names(node: Nod
     wait_closed(node, 8081)
     wait_closed(node, 8080)
     assert "published container=default/web" not in ctrport.messages
+
+
+# A CNI plugin behind the one that makes the network: what "ctr run" waits for before it starts the container.
+GATE = """#!/usr/bin/python3
+import json, os, sys, time
+config = json.load(sys.stdin)
+if os.environ["CNI_COMMAND"] == "VERSION":
+    print(json.dumps({"cniVersion": "0.4.0", "supportedVersions": ["0.4.0"]}))
+elif os.environ["CNI_COMMAND"] == "ADD":
+    end = time.monotonic() + 20
+    open("/run/gate-reached", "w").close()
+    while not os.path.exists("/run/gate-open") and time.monotonic() < end:
+        time.sleep(0.01)
+    with open("/run/gate-open") as file:
+        if file.read():
+            print(json.dumps({"cniVersion": "0.4.0", "code": 100, "msg": "there is no way"}))
+            sys.exit(1)
+    print(json.dumps(config.get("prevResult", {"cniVersion": "0.4.0"})))
+"""
+
+
+class Gate:
+    """Where a container of ctr waits that has its network, until it is let go on or refused."""
+
+    def __init__(self, node: Node, *, before_network: bool = False) -> None:
+        self._node = node
+        node.script("mv /opt/cni/bin /opt/cni/were; mkdir /opt/cni/bin; ln -s /opt/cni/were/* /opt/cni/bin")
+        plugin = node.path("/opt/cni/bin/gate")
+        plugin.write_text(GATE)
+        plugin.chmod(0o755)
+        [path] = node.path(CONFIGS).glob("*.conflist")
+        config = json.loads(path.read_text())
+        config["plugins"].insert(0 if before_network else 1, {"type": "gate"})
+        path.write_text(json.dumps(config))
+
+    def waiting(self, start: Future[Container]) -> Container:
+        """Return ``web``, which is being started, once it waits there."""
+
+        def task() -> Container:
+            if start.done():
+                start.result()
+            lines = map(str.split, self._node.run("ctr", "task", "list").stdout.splitlines())
+            pids = [int(pid) for id, pid, status in lines if (id, status) == ("web", "CREATED")]
+            assert len(pids) == 1
+            assert self._node.path("/run/gate-reached").exists()
+            return Container("web", "default", pids[0], self._node.outer_pid("default-web", pids[0]), None)
+
+        container = eventually(task, what="web waiting at the gate")
+        assert container is not None
+        return container
+
+    def open(self, *, refusing: bool = False) -> None:
+        self._node.path("/run/gate-open").write_text("no" if refusing else "")
+
+
+def rules(node: Node) -> list[str]:
+    return sorted(line for line in node.run("iptables-save").stdout.splitlines() if "ctrport:" in line)
+
+
+def test_a_port_is_open_before_the_first_process_of_its_container_begins(node: Node, ctrport: Ctrport) -> None:
+    ctrport.configure(publish(("{container: web}", "8080:80")))
+    ctrport.start()
+    gate = Gate(node)
+    before = rules(node)
+    with ThreadPoolExecutor(1) as threads:
+        start = threads.submit(node.start, "web")
+        web = gate.waiting(start)
+        with Server(web, 80):
+            wait_open(node, 8080, "web")
+            assert ctrport.wait_for("8080:80/tcp", "active")["container"] == "web"
+            ctrport.stop()  # and one that starts meanwhile sees it as it is
+            ctrport.start()
+            wait_open(node, 8080, "web")
+        web.close()
+        assert node.status(web) == "CREATED"
+        transactions = ctrport.transactions
+        gate.open()
+        web = start.result()
+    assert node.status(web) == "RUNNING"
+    with Server(web, 80):
+        wait_open(node, 8080, "web")
+    node.delete(web)
+    wait_closed(node, 8080)
+    eventually(lambda: ctrport.transactions > transactions, what="the end being told")
+    assert ctrport.transactions == transactions + 1  # by the end: the start changed nothing any more
+    assert ctrport.messages.count("published container=default/web") == 2  # by each of the two daemons
+    eventually(lambda: rules(node) == before, what="the rules as they were")
+
+
+def test_a_container_that_is_not_started_after_all_has_no_port(node: Node, ctrport: Ctrport) -> None:
+    ctrport.configure(publish(("{container: web}", "8080:80")))
+    ctrport.start()
+    gate = Gate(node)
+    before = rules(node)
+    with ThreadPoolExecutor(1) as threads:
+        start = threads.submit(node.start, "web")
+        web = gate.waiting(start)
+        with Server(web, 80):
+            wait_open(node, 8080, "web")
+        web.close()
+        gate.open(refusing=True)
+        with pytest.raises(CommandError, match="there is no way"):
+            start.result()
+    wait_closed(node, 8080)
+    eventually(lambda: rules(node) == before, what="the rules as they were")
+
+
+def test_nothing_is_said_of_what_has_no_network_before_it_starts(node: Node, ctrport: Ctrport) -> None:
+    ctrport.configure(publish(("{container: web}", "8080:80")))
+    ctrport.start()
+    gate = Gate(node, before_network=True)
+    with ThreadPoolExecutor(1) as threads:
+        start = threads.submit(node.start, "web")
+        gate.waiting(start).close()
+        ctrport.stop()
+        ctrport.start()  # with this as well it looks at what is listed
+        [publication] = ctrport.status()["publications"]
+        assert publication["container"] == ""
+        gate.open()
+        start.result()
+    ctrport.wait_for("8080:80/tcp", "active")
+    assert "waiting container=default/web" not in ctrport.messages

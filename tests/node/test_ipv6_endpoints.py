@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -250,8 +251,11 @@ from ctrport import netlink, node
 
 async def follow():
     print("ready", flush=True)
-    async for _ in netlink.address_changes():
-        print(*sorted(map(str, node.look().facts.addresses)), flush=True)
+    async for nsid in netlink.address_changes():
+        if nsid is None:
+            print(*sorted(map(str, node.look().facts.addresses)), flush=True)
+        else:
+            print("elsewhere", nsid, flush=True)
 
 asyncio.run(follow())
 """
@@ -275,3 +279,26 @@ def test_an_address_of_the_node_is_announced_once_it_is_usable(node: Node) -> No
     assert set(said.readline().split()) == own | {"198.51.100.9", "2001:db8:51::9"}
     node.run("ip", "address", "delete", "2001:db8:51::9/64", "dev", "eth0")
     assert set(said.readline().split()) == own | {"198.51.100.9"}
+
+
+def test_an_address_that_a_container_gets_is_announced_by_the_id_of_its_namespace(node: Node) -> None:
+    web = node.start("web")
+    follower = node.spawn(sys.executable, "-c", _FOLLOW, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    # One that may not hear of others hears of the node all the same.
+    deaf = node.spawn(
+        *("setpriv", "--bounding-set", "-net_broadcast", "--inh-caps", "-net_broadcast"),
+        *(sys.executable, "-c", _FOLLOW),
+        stdout=subprocess.PIPE,
+        env=ENVIRONMENT,
+    )
+    for one in (follower, deaf):
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+    web.run("ip", "address", "add", "10.9.9.9/24", "dev", "eth0")
+    node.run("ip", "address", "add", "198.51.100.9/24", "dev", "eth0")
+    of_node = {"127.0.0.1", node.address, "172.17.0.1", "198.51.100.9", "::1", node.address6, "fd00:17::1"}
+    assert follower.stdout is not None
+    assert re.fullmatch(r"elsewhere \d+\n", follower.stdout.readline())
+    assert set(follower.stdout.readline().split()) == of_node
+    assert deaf.stdout is not None
+    assert set(deaf.stdout.readline().split()) == of_node

@@ -8,14 +8,18 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from bench.commits import Commits
+from bench.ground import Events
 from embedded.node import Node
 from embedded.traffic import Refused, Reply, Server, probe_tcp
 from embedded.wait import eventually
-from tests.node.daemon import Ctrport, publish, wait_closed
+from tests.node.daemon import Ctrport, publish, wait_closed, wait_open
 from tests.node.prometheus import SETTINGS, scraped
 from tests.node.test_install import UNIT, bounding_set
 
@@ -95,6 +99,22 @@ def test_without_net_admin_there_is_no_rule(its: Ctrport) -> None:
     assert re.search("which backend .* cannot be told: iptables-nft-save: .*Permission denied", refusal(its))
     start(its, OWN, "net_admin")
     assert "whether IPv6 can be served cannot be told: nft: Operation not permitted" in refusal(its)
+
+
+@pytest.mark.parametrize("without", [(), ("net_broadcast",)], ids=["with", "without"])
+def test_without_net_broadcast_a_port_opens_behind_the_start(its: Ctrport, without: tuple[str, ...]) -> None:
+    start(its, publish(("{container: late}", "8090:80"), settings="firewall: {backend: nftables}"), *without)
+    eventually(its.in_line, what="the daemon being in line")
+    node = its.node
+    events = Events(node)
+    with Commits(node) as commits:
+        late = node.start("late")
+        created, started = (events.at(topic, "late") for topic in ("/tasks/create", "/tasks/start"))
+        with Server(late, 80):
+            wait_open(node, 8090, "late")
+        first = commits.first({Path(sys.executable).name[:15]}, created)
+    node.delete(late)
+    assert (first > started) is bool(without)
 
 
 def test_without_net_bind_service_a_port_below_1024_is_not_reserved(its: Ctrport) -> None:

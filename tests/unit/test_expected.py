@@ -20,6 +20,7 @@ from ctrport.taskevents import CREATED, DELETED, TASK_CREATED, UPDATED, TaskEven
 WEB, PID, STARTED = ContainerKey("default", "web"), 4711, 100
 NOT_YET = Obstacle(State.WAITING, "it has no address")
 THERE = Endpoint((Attachment(ip_address("172.17.0.2"), "docker0", ip_network("172.17.0.0/16")),))
+BOTH = Endpoint((*THERE.attachments, Attachment(ip_address("fd00::2"), "docker0", ip_network("fd00::/64"))))
 
 
 class Node:
@@ -34,11 +35,14 @@ class Node:
         self.processes = {PID: (STARTED, "/default/web")}
         self.endpoint: Endpoint | Obstacle = NOT_YET
         self.found = 0
+        self.netns = 7  # as ours numbers it
+        self.matters = True
+        self.told = 0
         monkeypatch.setattr(endpoints, "started", lambda pid: self._process(pid)[0])
         monkeypatch.setattr(endpoints, "netns", lambda pid: (1, self._process(pid)[0]))
         monkeypatch.setattr(endpoints, "read", lambda path: f"0::{self._process(int(path.split('/')[2]))[1]}\n")
         itself: Any = self
-        self.expected = Expected(itself, itself)
+        self.expected = Expected(itself, itself, lambda _: self.matters, self._tell)
 
     async def stored(self, key: ContainerKey, *, annotations: bool) -> Listed:
         self.asked += 1
@@ -47,6 +51,13 @@ class Node:
         if self.fails:
             raise NotFound("no such container")
         return Listed(key, None, {"asked": label}, cgroup=self.cgroup, runs=False)
+
+    def _tell(self) -> None:
+        self.told += 1
+
+    def heard_of(self, pid: int) -> int:
+        self._process(pid)
+        return self.netns
 
     def find(self, pid: int) -> Endpoint | Obstacle:
         self._process(pid)
@@ -108,17 +119,24 @@ def test_where_it_is_is_known_as_soon_as_its_network_is_there(node: Node) -> Non
         await node.answered()
         node.tell(TASK_CREATED)
         assert node.found == 1
-        node.expected.prepare()
+        node.expected.network_changed(node.netns + 1)
+        assert node.found == 1  # somebody else's
+        node.expected.network_changed(node.netns)
         assert node.found == 2
         started = node.expected.started(WEB, PID)
         assert started is not None
         assert started[1] is None  # that it has no address is no news when it starts
+        assert (node.told, node.expected.ready) == (0, {})
         node.endpoint = THERE
-        node.expected.prepare()
-        node.endpoint = NOT_YET
-        node.expected.prepare()
-        assert node.found == 3
+        node.expected.network_changed(None)  # the host has its own address on that network by now
         assert node.expected.started(WEB, PID) == (started[0], THERE)
+        assert (node.told, list(node.expected.ready)) == (1, [WEB])
+        node.expected.network_changed(None)
+        assert node.found == 3
+        node.endpoint = BOTH
+        node.expected.network_changed(node.netns)
+        assert node.expected.started(WEB, PID) == (started[0], BOTH)
+        assert node.told == 2
 
     run(work())
 
@@ -129,8 +147,62 @@ def test_what_is_nowhere_is_not_looked_for_for_ever(node: Node) -> None:
         await node.answered()
         node.tell(TASK_CREATED)
         for _ in range(2 * TRIES):
-            node.expected.prepare()
+            node.expected.network_changed(node.netns)
         assert node.found == TRIES
+
+    run(work())
+
+
+def test_an_address_that_the_host_has_no_route_to_yet_is_looked_for_again_soon(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctrport.expected.PAUSES", (0.001, 0.002))
+
+    async def work() -> None:
+        node.tell(CREATED)
+        await node.answered()
+        node.tell(TASK_CREATED)
+        node.expected.network_changed(node.netns)
+        await asyncio.sleep(0.05)
+        assert node.found == 1 + 1 + 2
+        node.expected.network_changed(node.netns)
+        node.endpoint = THERE
+        await asyncio.sleep(0.05)
+        assert (node.found, node.told) == (4 + 2, 1)
+        node.endpoint = NOT_YET
+        node.expected.network_changed(node.netns)
+        node.expected.forget(WEB)
+        await asyncio.sleep(0.05)
+        assert node.found == 7
+
+    run(work())
+
+
+def test_what_nobody_publishes_is_not_looked_at(node: Node) -> None:
+    async def work() -> None:
+        node.matters, node.endpoint = False, THERE
+        node.tell(CREATED)
+        await node.answered()
+        node.tell(TASK_CREATED)
+        node.expected.network_changed(node.netns)
+        assert (node.found, node.told) == (0, 0)
+        assert node.expected.started(WEB, PID) is not None
+
+    run(work())
+
+
+def test_a_container_that_was_made_long_ago_is_asked_for_when_its_task_is_made(node: Node) -> None:
+    async def work() -> None:
+        node.endpoint = THERE
+        node.tell(TASK_CREATED)
+        await node.answered()
+        assert (node.asked, node.told, list(node.expected.ready)) == (1, 1, [WEB])
+        node.tell(UPDATED)  # with another label, and the same process
+        assert node.expected.ready == {}
+        await settled()
+        assert (node.asked, node.label(), node.told, list(node.expected.ready)) == (2, "2", 2, [WEB])
+        node.tell(DELETED)
+        assert node.expected.ready == {}
 
     run(work())
 

@@ -7,10 +7,10 @@ import struct
 
 import pytest
 
-from ctrport.netlink import _tells_of_change
+from ctrport.netlink import _tells_of_change, _tells_of_new
 
 NEW, DELETED = 20, 21
-UNIVERSE, LINK = 0, 253
+UNIVERSE, LINK, HOST = 0, 253, 254
 PERMANENT, TENTATIVE = 0x80, 0x40
 
 
@@ -41,3 +41,19 @@ CHANGES = {
 def test_only_addresses_that_a_mapping_can_have_are_news(case: str) -> None:
     said, expected = CHANGES[case]
     assert _tells_of_change(said) is expected
+
+
+ELSEWHERE = {
+    "an address of IPv4": (announced(NEW, socket.AF_INET), True),
+    "an address of IPv6 that may be another's, too": (announced(NEW, socket.AF_INET6, flags=TENTATIVE), True),
+    "one that went": (announced(DELETED, socket.AF_INET), False),
+    "that of a veth": (LINK_LOCAL, False),
+    "that of the loopback device": (announced(NEW, socket.AF_INET, scope=HOST), False),
+    "rubbish": (bytes(40), False),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_only_addresses_that_a_container_can_be_reached_by_are_news_of_it(case: str) -> None:
+    said, expected = ELSEWHERE[case]
+    assert _tells_of_new(said) is expected

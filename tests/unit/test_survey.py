@@ -17,7 +17,7 @@ from ctrport.config import Config
 from ctrport.containerd import Listed
 from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
-from ctrport.model import Attachment, Candidate, ContainerKey, Endpoint, Family, Holder
+from ctrport.model import Attachment, Candidate, ContainerKey, Endpoint, Family, Holder, Obstacle, State
 from ctrport.survey import LOOKS_FOR_MORE, Survey
 from tests.unit import worlds
 
@@ -30,9 +30,15 @@ class Finder:
 
     def __init__(self, asked: list[str]) -> None:
         self._asked = asked
+        self.there = True
 
-    def find(self, pid: int) -> Endpoint:
+    def heard_of(self, pid: int) -> int:
+        return 7
+
+    def find(self, pid: int) -> Endpoint | Obstacle:
         self._asked.append(f"find {pid}")
+        if not self.there:
+            return Obstacle(State.WAITING, "it has no address")
         address = ip_address(f"10.{pid >> 16 & 255}.{pid >> 8 & 255}.{pid & 255}")
         return Endpoint((Attachment(address, "docker0", ip_network(f"{address}/32")),))
 
@@ -94,7 +100,8 @@ class Foreseen:
         monkeypatch.setattr(endpoints, "read", lambda path: self._shown if path.endswith("/cgroup") else read(path))
         self.asked: list[str] = []
         containerd: Any = Answers(self.asked, self.pid)
-        finder: Any = Finder(self.asked)
+        self.finder = Finder(self.asked)
+        finder: Any = self.finder
         self.survey = Survey(CONFIG, containerd, finder, {})
 
     def stored(self) -> None:
@@ -183,7 +190,8 @@ def test_what_was_found_before_the_start_is_looked_for_again_behind_it(monkeypat
     world.stored()
     known = world.survey._expected._known[WEB]
     known.pid = world.pid
-    world.survey.prepare()
+    known.nsid = 7
+    world.survey.network_changed(7)
     earlier = Endpoint((Attachment(ip_address("10.9.9.9"), "docker0", ip_network("10.9.9.9/32")),))
     known.endpoint = earlier  # which it has left meanwhile
     world.asked.clear()
@@ -196,6 +204,51 @@ def test_what_was_found_before_the_start_is_looked_for_again_behind_it(monkeypat
     )
     asyncio.run(world.survey.look({WEB: None}))
     assert world.asked[3:] == ["ask containerd", "answer"]
+
+
+def test_what_is_to_start_is_published_when_its_network_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    told: list[float | None] = []
+    world.survey.on_foreseen = lambda: told.append(world.survey.foreseen_since)
+    world.stored()
+    known = world.survey._expected._known[WEB]
+    known.pid, known.nsid = world.pid, 7
+
+    async def work() -> None:
+        world.finder.there = False
+        world.survey.network_changed(7)
+        assert (world.survey.foreseen_since, world.survey.foresee({}), told) == (None, set(), [])
+        world.finder.there = True
+        world.survey.network_changed(7)
+
+    asyncio.run(work())
+    assert len(told) == 1
+    assert told[0] is not None
+    assert world.survey.foresee({}) == {WEB}
+    assert world.addresses() == [address(world.pid)]
+    assert world.survey.foresee({}) == set()
+    assert world.survey.foreseen_since is None
+    world.survey.foresee({WEB: world.pid})
+    asyncio.run(world.survey.look({WEB: world.pid}, foreseen={WEB}))
+    assert world.addresses() == [address(world.pid)]
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_that_a_container_has_no_network_is_said_when_it_has_started(
+    monkeypatch: pytest.MonkeyPatch, starts: bool
+) -> None:
+    world = Foreseen(monkeypatch)
+    world.finder.there = False
+
+    async def containers(*_: object, **__: object) -> Listed:
+        return Listed(WEB, world.pid, starts=starts)
+
+    monkeypatch.setattr(world.survey._containerd, "container", containers)
+    asyncio.run(world.survey.look({WEB: None}))
+    assert [candidate.container.key for candidate in world.survey.publications.candidates] == ([] if starts else [WEB])
+    world.finder.there = True
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.addresses() == [address(world.pid)]
 
 
 class Growing:
