@@ -44,7 +44,7 @@ bench: tools $(READY)  ## Measure ctrport beside portmap and dockerd, write docs
 crowd: tools $(READY)  ## Measure it on a node of 1000 containers (as root, 10 minutes)
 	@$(BIN)/python -m bench.crowd
 
-flame: tools $(READY)  ## Draw what a start event waits for, bench/event.svg, beside 10 mappings and 10,000 (as root, 3 minutes)
+flame: tools $(READY)  ## Draw what a port waits for, bench/event.svg, beside 10 mappings and 10,000 (as root, 3 minutes)
 	@$(BIN)/python -m bench.flame --mappings 10 10000
 	@$(BIN)/python -m bench.flame --mappings 10 10000 --backend iptables-nft --to bench/event-iptables.svg
 

@@ -95,6 +95,8 @@ class Measurement:
             for subject in self.subjects:
                 added, removed = subject.publish(ONE)
                 self._add(rows.ONE, subject.name, added)
+                if added.since_start is not None:
+                    self.figures.add(rows.START, subject.name, added.since_start)
                 self._add(rows.REMOVAL, subject.name, removed)
                 self._churn(subject.name, added, removed)
         # Knocking at a port takes time from those who open it, so these are rounds of their own.

@@ -1,4 +1,4 @@
-"""Where the time goes from a container's start event until the kernel holds its rules: a flame graph.
+"""Where the time goes from when a container has its network until the kernel holds its rules: a flame graph.
 
     python -m bench.flame [--starts N] [--mappings N ...] [--backend NAME] [--to FILE]
 
@@ -30,7 +30,7 @@ from bench.ground import (
     measured_node,
     refuses,
 )
-from bench.sampled import BEFORE, MEANWHILE, SAMPLED, WAITING
+from bench.sampled import MEANWHILE, SAMPLED, WAITING
 from bench.svg import Drawing, fitting
 from ctrport.reconcile import INTERVAL
 from embedded.host import end_process
@@ -51,7 +51,6 @@ Stacks = Sequence[tuple[Sequence[str], float]]
 LEAST = 0.02
 WIDTH, ROW, MARGIN, HEAD, FONT = 1200.0, 17.0, 10.0, 62.0, 11.0
 _COLOURS = {
-    BEFORE: "#c8ccd4",
     WAITING: "#c8ccd4",
     MEANWHILE: "#e3e5ea",
     "grpc": "#e8b07a",
@@ -77,7 +76,7 @@ class Box:
 
 def main() -> int:
     """Measure, draw, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="flame", description="Draw where the time of one event goes.")
+    parser = argparse.ArgumentParser(prog="flame", description="Draw where the time of one start goes.")
     parser.add_argument("--starts", type=int, default=STARTS, choices=range(1, MOST_STARTS + 1), metavar="N")
     parser.add_argument(
         "--mappings", type=int, default=[10], nargs="+", choices=range(1, MOST_MAPPINGS + 1), metavar="N"
@@ -99,7 +98,7 @@ def main() -> int:
     for mappings, way in zip(arguments.mappings[1:], ways[1:], strict=True):
         whole, own = (part(way) / part(ways[0]) for part in (_whole, _own))
         print(f"beside {mappings} mappings: {whole:.2f} times as long in all, {own:.2f} times in the daemon itself")
-    title = f"One event's way: {_whole(ways[0]):.1f} ms from containerd's start event to the rules ({arguments.backend}"
+    title = f"One event's way: {_whole(ways[0]):.1f} ms from a container's address to its rules ({arguments.backend}"
     remark = f"the mean of {arguments.starts} starts"
     arguments.to.write_text(picture(ways[0], f"{title}, beside {arguments.mappings[0]} mappings)", remark))
     return 0
@@ -116,9 +115,8 @@ def _whole(way: Box) -> float:
 
 
 def _own(way: Box) -> float:
-    """Return what the daemon itself took: all but the event's way to it, what it waited for, and the looks at it."""
-    others = (BEFORE, WAITING)
-    return sum(own for name, own in _flat(way).items() if name not in others and not name.startswith("bench."))
+    """Return what the daemon itself took: all but what it waited for, and the looks at it."""
+    return sum(own for name, own in _flat(way).items() if name != WAITING and not name.startswith("bench."))
 
 
 def _measure(node: Node, backend: str, starts: int, mappings: int) -> tuple[int, Stacks]:

@@ -26,6 +26,7 @@ class Row:
 
 
 ONE, ANSWER = Row("one port: event to commit"), Row("one port: event to the first packet answered")
+START = Row("one port: start event to commit")
 REMOVAL = Row("one port removed: event to commit")
 READY, READY_WITH_1000 = Row("start of the daemon until it is ready"), Row("the same, with 1000 mappings to publish")
 MEMORY, RESIDENT = Row("memory, with 1000 mappings", "MB"), Row("resident, with 1000 mappings", "MB")

@@ -1,4 +1,4 @@
-"""The daemon, looked at every fraction of a millisecond while an event of a container's start is on its way.
+"""The daemon, looked at every fraction of a millisecond from when a container has its network until its port is open.
 
     python -m bench.sampled FILE run --config ...
 
@@ -21,24 +21,24 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NoReturn
 
-from ctrport import cli, containerd, taskevents
-from ctrport.api import events_pb2
+from ctrport import cli
 from ctrport.dataplane import Dataplane
+from ctrport.publish import Change
 from ctrport.reconcile import Reconciler
+from ctrport.survey import Survey
 
 #: Seconds between two looks. Each wakes the event loop, so that the way gets some percent longer.
 INTERVAL = 0.001
-#: How the names of the containers begin whose start events are looked at: there may be one with thousands of mappings.
+#: How the names of the containers begin whose starts are looked at: there may be one with thousands of mappings.
 SAMPLED = "web-"
 #: What else than code is on the stacks.
-BEFORE = "the event is on its way: shim, containerd, gRPC"
 WAITING, MEANWHILE = "(waiting)", "(meanwhile)"
 
 Stack = tuple[CodeType | str, ...]
 
 
 class Sampler:
-    """Sums up where the daemon is while an event is on its way, and writes it to ``path`` at the end."""
+    """Sums up where the daemon is on the way from one to the other, and writes it to ``path`` at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -56,10 +56,10 @@ class Sampler:
         signal.signal(signal.SIGALRM, self._look)
         signal.setitimer(signal.ITIMER_REAL, INTERVAL, INTERVAL)
 
-    def begin(self, announced: float) -> None:
-        """Take in that an event has come, which was made at that time since the epoch."""
+    def begin(self) -> None:
+        """Take in that the kernel has announced an address of a container."""
         self._began = None  # so that no look comes in between
-        self._seen = {(BEFORE,): time.time() - announced}
+        self._seen = {}
         self._began = self._last = time.monotonic()
 
     def end(self) -> None:
@@ -122,28 +122,27 @@ _SELECT = selectors.EpollSelector.select.__code__
 
 
 def install(sampler: Sampler) -> None:
-    """Have the daemon of this process tell the sampler when an event comes, and when the kernel has followed."""
-    follow, read, run = Dataplane.follow, taskevents.task_event, Reconciler.run
+    """Have the daemon of this process tell the sampler when an address comes, and when the kernel has followed."""
+    follow, changed, run = Dataplane.follow, Survey.network_changed, Reconciler.run
 
-    def reading(envelope: events_pb2.Envelope) -> taskevents.TaskEvent | None:
-        event = read(envelope)
-        if event is not None and event.topic == "/tasks/start" and event.key.id.startswith(SAMPLED):
-            sampler.begin(envelope.timestamp.seconds + envelope.timestamp.nanos / 1e9)
-        return event
+    def hearing(self: Survey, nsid: int | None) -> None:
+        if nsid is not None:
+            sampler.begin()
+        changed(self, nsid)
 
-    async def following(self: Dataplane, changes: Sequence[Any], *others: Any, **options: Any) -> Any:
-        before = self.transactions
+    async def following(self: Dataplane, changes: Sequence[Change], *others: Any, **options: Any) -> Any:
         try:
             return await follow(self, changes, *others, **options)
         finally:
-            if self.transactions != before:
+            opened = (change.after.container for change in changes if change.after is not None)
+            if any(container is not None and container.id.startswith(SAMPLED) for container in opened):
                 sampler.end()
 
     async def running(self: Reconciler) -> None:
         sampler.start()
         await run(self)
 
-    setattr(containerd, "task_event", reading)  # noqa: B010 - mypy has no word for a replaced function
+    setattr(Survey, "network_changed", hearing)  # noqa: B010 - mypy has no word for a replaced function
     setattr(Dataplane, "follow", following)  # noqa: B010
     setattr(Reconciler, "run", running)  # noqa: B010
 

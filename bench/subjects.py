@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from bench.addresses import Addresses
 from bench.commits import QUIET, Commits
 from bench.ground import (
     CONTAINER_PORT,
@@ -71,10 +72,14 @@ ONE = Wish(8080, CONTAINER_PORT)
 
 @dataclass(frozen=True)
 class Took:
-    """How many milliseconds something took, and how many seconds of processor time, where that can be told."""
+    """How many milliseconds something took, and how many seconds of processor time, where that can be told.
+
+    ``since_start`` is how many milliseconds after the container had started it was done, fewer than none before.
+    """
 
     milliseconds: float
     processor: float | None = None
+    since_start: float | None = None
 
 
 class Subject(Protocol):
@@ -161,10 +166,12 @@ class Ctrport:
             self._commits = CommitsOfLegacy(self.node) if legacy else Commits(self.node)
             # Its modules are to be compiled once, and not with each start.
             env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(self.node.directory / "compiled")}
+            self._addresses = Addresses(self.node)
             self._daemon = Daemon(self.node, self._config, env)
             self._writers = {"iptables-nft-re", Path(sys.executable).name[:15]}
-            self._commits.__enter__()
-            self.node.at_close(self._commits.__exit__)
+            for listening in (self._addresses, self._commits):
+                listening.__enter__()
+                self.node.at_close(listening.__exit__)
         except BaseException:
             self.node.close()
             raise
@@ -204,7 +211,9 @@ class Ctrport:
         """See ``Subject.publish``."""
         before = self.usage.processor()
         container = self._start(name, wish)
-        since = self._events.at("/tasks/start", container.id)
+        made, started = (self._events.at(topic, container.id) for topic in ("/tasks/create", "/tasks/start"))
+        assert container.address is not None
+        since = max(made, self._addresses.at(container.address, made))
         committed = self._commits.last(self._writers, since)
         answers(self.node, wish.host)
         between = self.usage.processor()
@@ -214,7 +223,7 @@ class Ctrport:
         refuses(self.node, wish.host)
         self.node.delete(container)
         return (
-            Took(milliseconds(since, committed), between - before),
+            Took(milliseconds(since, committed), between - before, milliseconds(started, committed)),
             Took(milliseconds(exited, removed), self.usage.processor() - between),
         )
 

@@ -91,7 +91,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
     )
     yield _histogram(
         "ctrport_start_to_open_seconds",
-        "Seconds from the event that led to it, such as a container's start, to the rules of a mapping in the kernel.",
+        "Seconds from what led to it, such as a container's address or start, to the rules of a mapping in the kernel.",
         {(): tally.opened},
     )
 
