@@ -1,32 +1,25 @@
-"""When nf_tables took something over: the kernel's own announcement of each commit, with a time and its writer.
+"""When nf_tables took something over, and when a container had its address: the kernel's own announcement of each.
 
 The kernel sends NEWGEN at the end of a commit, in the writer's system call: from then on packets meet the new rules.
-The time is read where the announcement is received, so it includes waking this process up.
+The time is read where the announcement is received (``bench.heard``), so it includes waking that process up.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import socket
-import struct
-import threading
+import itertools
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import IO
 
-from ctrport.scheduling import ask_for_short_turns
-from embedded.host import Host, inside
+from bench.ground import ROOT
+from embedded.host import end_process
+from embedded.node import Node
 from embedded.wait import eventually
 
-_NETLINK_NETFILTER = 12  # linux/netlink.h
-_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1
-_NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
-_NEWGEN = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
-_GEN_PROC_NAME = 3  # linux/netfilter/nf_tables.h: NFTA_GEN_PROC_NAME
-_SO_RCVBUFFORCE = 33  # asm-generic/socket.h; past the machine's limit, as a full buffer would lose a commit
-_BUFFER = 4 << 20
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
 #: Seconds without a commit after which a writer's last one is known to be its last.
 QUIET = 0.15
 
@@ -40,24 +33,41 @@ class Commit:
 
 
 class Commits:
-    """Listens to the commits in a host's network namespace. To be used as a context manager."""
+    """Listens to the commits and the addresses in a node's network namespace. To be used as a context manager."""
 
-    def __init__(self, host: Host) -> None:
-        self._seen: list[Commit] = []
-        self._failed: OSError | None = None
-        self._socket = inside(host.pid, ("net",), listening)
-        self._socket.settimeout(0.2)
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+    _numbers = itertools.count()
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._path = node.directory / f"heard-{next(self._numbers)}"
+        self._commits: list[Commit] = []
+        self._addresses: list[tuple[int, str]] = []
+        self._file: IO[str]
+        self._process: subprocess.Popen[str]
 
     def __enter__(self) -> Commits:
-        self._thread.start()
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        with self._path.open("w") as written:
+            argv = (sys.executable, "-m", "bench.heard")
+            self._process = self._node.spawn(*argv, env=environment, stdout=written, stderr=subprocess.STDOUT)
+        self._file = self._path.open()
+        eventually(lambda: self._path.read_text().startswith("ready\n"), what="the listener being ready")
+        self._file.readline()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self._socket.close()
+        end_process(self._process)
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def address(self, address: str, since: int) -> int:
+        """Return when an address first came since a time. Raises ``AssertionError`` where it did not."""
+
+        def found() -> list[int]:
+            self._read()
+            return [at for at, its in self._addresses if its == address and at >= since]
+
+        return eventually(found, within=5, what=f"the announcement of {address}")[0]
 
     def last(self, writers: Collection[str], since: int) -> int:
         """Return when the last commit of these writers since a time was heard of, once it is quiet.
@@ -90,75 +100,16 @@ class Commits:
         return eventually(lambda: self._of(writers, since), within=5, what=what)[0].at
 
     def _of(self, writers: Collection[str], since: int) -> list[Commit]:
-        if self._failed is not None:
-            raise self._failed
-        return [commit for commit in tuple(self._seen) if commit.at >= since and commit.writer in writers]
+        self._read()
+        return [commit for commit in self._commits if commit.at >= since and commit.writer in writers]
 
-    def _listen(self) -> None:
-        ask_for_short_turns()  # for this thread alone, so that what is heard is not late
-        while not self._end.is_set():
-            try:
-                data = self._socket.recv(1 << 16)
-            except TimeoutError:
-                continue
-            except OSError as error:
-                self._failed = OSError(error.errno, f"commits were missed: {errno.errorcode.get(error.errno or 0)}")
-                return
-            at = time.time_ns()
-            self._seen += (Commit(at, writer) for writer in writers(data))
-
-
-def listening() -> socket.socket:
-    """Return a socket that is told of each commit in the network namespace that it was made in: see ``writers``."""
-    listening = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
-    try:
-        # The changes themselves are announced too, tens of thousands at times: the kernel is to keep them.
-        program = ctypes.create_string_buffer(_ONLY_NEWGEN)
-        count = len(_ONLY_NEWGEN) // 8
-        listening.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", count, ctypes.addressof(program)))
-        listening.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        listening.bind((0, 0))
-        listening.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
-    except BaseException:
-        listening.close()
-        raise
-    return listening
-
-
-# Classic BPF (linux/filter.h): load the kind of the message, two bytes at 4; take it whole where it is NEWGEN. BPF
-# reads numbers as big endian, whatever they are.
-_ONLY_NEWGEN = b"".join(
-    struct.pack("=HBBI", *instruction)
-    for instruction in (
-        (0x28, 0, 0, 4),
-        (0x15, 0, 1, int.from_bytes(struct.pack("=H", _NEWGEN), "big")),
-        (0x06, 0, 0, 0xFFFFFFFF),
-        (0x06, 0, 0, 0),
-    )
-)
-
-
-def writers(data: bytes) -> Iterator[str]:
-    """Yield who wrote, for each NEWGEN in what was received: there are the changes themselves beside it."""
-    for kind, body in _messages(data):
-        if kind == _NEWGEN:
-            attributes = dict(_attributes(body[4:]))  # past the nfgenmsg
-            yield attributes.get(_GEN_PROC_NAME, b"").rstrip(b"\0").decode(errors="replace")
-
-
-def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= 16:
-        length, kind = struct.unpack_from("=IH", data)
-        if length < 16:
-            return
-        yield kind, data[16:length]
-        data = data[length + 3 & ~3 :]
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= 4:
-        length, kind = struct.unpack_from("=HH", data)
-        if length < 4:
-            return
-        yield kind & 0x3FFF, data[4:length]
-        data = data[length + 3 & ~3 :]
+    def _read(self) -> None:
+        """Take in what was heard since the last time: whole lines, as the listener writes no other."""
+        for line in self._file:
+            at, what, which = line.rstrip("\n").split(" ", 2)
+            if what == "commit":
+                self._commits.append(Commit(int(at), which))
+            else:
+                self._addresses.append((int(at), which))
+        if self._process.poll() is not None:
+            raise RuntimeError(f"what the kernel announced was lost: {self._path.read_text().splitlines()[-1]}")

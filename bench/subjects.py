@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from bench.addresses import Addresses
 from bench.commits import QUIET, Commits
 from bench.ground import (
     CONTAINER_PORT,
@@ -162,14 +161,13 @@ class Ctrport:
             self._config = self.node.directory / "etc" / "config.yaml"
             self._config.parent.mkdir()
             legacy = self.backend == "iptables-legacy"
-            self._commits: Commits | CommitsOfLegacy
-            self._commits = CommitsOfLegacy(self.node) if legacy else Commits(self.node)
+            self._heard = Commits(self.node)
+            self._commits: Commits | CommitsOfLegacy = CommitsOfLegacy(self.node) if legacy else self._heard
             # Its modules are to be compiled once, and not with each start.
             env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(self.node.directory / "compiled")}
-            self._addresses = Addresses(self.node)
             self._daemon = Daemon(self.node, self._config, env)
             self._writers = {"iptables-nft-re", Path(sys.executable).name[:15]}
-            for listening in (self._addresses, self._commits):
+            for listening in dict.fromkeys((self._heard, self._commits)):
                 listening.__enter__()
                 self.node.at_close(listening.__exit__)
         except BaseException:
@@ -213,7 +211,7 @@ class Ctrport:
         container = self._start(name, wish)
         made, started = (self._events.at(topic, container.id) for topic in ("/tasks/create", "/tasks/start"))
         assert container.address is not None
-        since = max(made, self._addresses.at(container.address, made))
+        since = max(made, self._heard.address(container.address, made))
         committed = self._commits.last(self._writers, since)
         answers(self.node, wish.host)
         between = self.usage.processor()

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bench.commits import listening, writers
+from bench.heard import listening, writers
 from embedded.container import Container
 from embedded.host import CommandError, inside
 from embedded.node import Node, missing

@@ -41,7 +41,7 @@ def test_a_short_one_has_figures_of_all_and_a_verdict_that_agrees_with_them() ->
     assert columns == [rows.IPTABLES, rows.LEGACY, rows.NFTABLES, rows.PORTMAP, rows.DOCKERD, rows.PROXY]
     figures = {}
     for line in lines:
-        found = re.fullmatch(r"(\S.*?) \[(.+?)\] +((?:[0-9.,]+|-)(?: +(?:[0-9.,]+|-)){5})(?:  \S+.* wins)?", line)
+        found = re.fullmatch(r"(\S.*?) \[(.+?)\] +((?:-?[0-9.,]+|-)(?: +(?:-?[0-9.,]+|-)){5})(?:  \S+.* wins)?", line)
         if found is not None:
             figures[found[1]] = dict(zip(columns, found[3].split(), strict=True))
     for row in (rows.ONE, rows.REMOVAL, rows.of_range(3), rows.beside(3), rows.removal_of(3), rows.CHURN):
@@ -74,7 +74,7 @@ def test_a_part_without_sense_is_refused() -> None:
     assert "invalid choice: 'nothing'" in ended.stderr
 
 
-def test_a_flame_graph_has_what_an_event_waits_for() -> None:
+def test_a_flame_graph_has_what_a_port_waits_for() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         ended = bench(
             *("--starts", "2", "--mappings", "1", "3", "--to", f"{directory}/event.svg"),
@@ -85,7 +85,7 @@ def test_a_flame_graph_has_what_an_event_waits_for() -> None:
         picture = Path(directory, "event.svg").read_text()
         assert [path.name for path in Path(directory).iterdir()] == ["event.svg"]
     ElementTree.fromstring(picture)
-    assert "the event is on its way" in picture
+    assert "reconcile._settle" in picture
     assert ended.stdout.count("ms in all, ") == 2
     assert re.search(
         r"^beside 3 mappings: \d\.\d\d times as long in all, \d\.\d\d times in the daemon itself$",
