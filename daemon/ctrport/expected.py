@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from . import endpoints
@@ -34,8 +35,10 @@ SOON = 1.0
 #: How often it is looked where one is: of some that is not to be found before their start, or ever.
 TRIES = 16
 #: Seconds until it is looked again where the container has an address and the host no route yet: some network plugins
-#: come to that last.
+#: come to that last. And what is then found is told that much later, as the host's own change is told meanwhile: a new
+#: address of its own would take a transaction of its own.
 PAUSES = (0.001, 0.004, 0.016, 0.064)
+TOLD = 0.001
 
 
 @dataclass
@@ -166,7 +169,7 @@ class Expected:
             known.stored = stored
             self._look(key, known)
 
-    def _look(self, key: ContainerKey, known: _Known, pauses: tuple[float, ...] = ()) -> None:
+    def _look(self, key: ContainerKey, known: _Known, pauses: Sequence[float] = (), *, again: bool = False) -> None:
         """Look where one is, and again after these pauses where it is not to be found."""
         if self._known.get(key) is not known or known.stored is None or known.pid is None or known.tries >= TRIES:
             return
@@ -183,9 +186,13 @@ class Expected:
                 if found != known.endpoint:
                     known.endpoint = found
                     self.ready.setdefault(key, time.monotonic())
-                    self._found()
+                    if again:
+                        asyncio.get_running_loop().call_later(TOLD, self._found)
+                    else:
+                        self._found()
             elif pauses:
-                asyncio.get_running_loop().call_later(pauses[0], self._look, key, known, pauses[1:])
+                looking = functools.partial(self._look, key, known, pauses[1:], again=True)
+                asyncio.get_running_loop().call_later(pauses[0], looking)
 
 
 def _running(stored: Listed, pid: int) -> Running | None:
