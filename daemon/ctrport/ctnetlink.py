@@ -202,19 +202,20 @@ class _Shape:
 
     def __init__(self, family: Family) -> None:
         size = 4 + _SIZES[family]
-        # Behind the message's head: the original side, in it the addresses, then protocol and ports.
-        self._read = struct.Struct(f"=4x4xI{2 * size}xIIB3x8xIBB")
+        # Behind the message's head: the original side, in it the addresses, then protocol and ports. How long that
+        # side is does not matter, as it may end with a zone.
+        self._read = struct.Struct(f"=4x2xHI{2 * size}xIIB3x8xIBB")
         addresses = attribute(_IP | NESTED, bytes(2 * size))[:4]
         protocol = attribute(_PROTO | NESTED, bytes(24))[:4]
         number, port = attribute(_NUMBER, bytes(1))[:4], attribute(_DESTINATION_PORT, bytes(2))[:4]
-        self._heads = struct.unpack("=IIII", addresses + protocol + number + port)
+        self._heads = (_ORIGINAL | NESTED, *struct.unpack("=IIII", addresses + protocol + number + port))
 
     def excludes(self, message: bytes, wanted: Mapping[int, bytearray]) -> bool:
         """Whether a flow is not to one of these ports; False where that is not seen from its shape."""
         if len(message) < self._read.size:
             return False
-        addresses, part, number, protocol, port, high, low = self._read.unpack_from(message)
-        if (addresses, part, number, port) != self._heads:
+        side, addresses, part, number, protocol, port, high, low = self._read.unpack_from(message)
+        if (side, addresses, part, number, port) != self._heads:
             return False
         marked = wanted.get(protocol)
         return marked is None or not marked[high << 8 | low]
