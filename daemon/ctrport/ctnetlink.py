@@ -60,7 +60,7 @@ class Patience:
 class Key:
     """What the kernel knows a flow by, in its own bytes: two flows with one ``original`` are in different zones.
 
-    ``id`` tells it from a later flow with the same addresses.
+    ``id`` tells it from a later flow with the same addresses, unless that has come to the same place in memory.
     """
 
     original: bytes
@@ -165,12 +165,12 @@ def flow(message: bytes, family: Family) -> Flow | None:
         return Flow(
             protocol=_PROTOCOLS[protocol[_NUMBER][0]],
             destination=_address(read_attributes(there[_IP])[_DESTINATION[family]]),
-            port=int.from_bytes(protocol[_DESTINATION_PORT], "big"),
+            port=int.from_bytes(protocol[_DESTINATION_PORT][:2], "big"),
             reply_source=_address(read_attributes(back[_IP])[_SOURCE[family]]),
-            reply_port=int.from_bytes(answer[_SOURCE_PORT], "big"),
+            reply_port=int.from_bytes(answer[_SOURCE_PORT][:2], "big"),
             key=Key(about[_ORIGINAL], about.get(_ZONE), about.get(_ID)),
         )
-    except KeyError:
+    except (LookupError, ValueError):
         return None
 
 

@@ -204,8 +204,13 @@ def test_a_flow_is_removed_and_no_other(five: Host) -> None:
 
 def test_a_later_flow_with_the_same_addresses_is_another(five: Host) -> None:
     [old] = listed(five, Family.IPV4, {UDP: [PortRange(54, 54)]})
-    five.run("conntrack", "-D", "-p", "udp", "--orig-port-dst", "54")
-    made(five, 54, "udp", 40002)
+    for client in range(41000, 41050):
+        five.run("conntrack", "-D", "-p", "udp", "--orig-port-dst", "54")
+        # Where it gets the place in memory of the first it gets its id as well, so another one is to take that place.
+        made(five, 55, "udp", client)
+        made(five, 54, "udp", 40002)
+        if not as_witnessed([old]) & witness(five):
+            break
     there = witness(five)
     assert not asking(five, lambda flows: flows.remove(old))
     assert witness(five) == there

@@ -98,6 +98,8 @@ def test_what_is_read_of_a_flow_names_it_to_the_kernel(
 @example(SENT[:30])
 @example(SENT.replace(b"\x11", b"\x01"))  # ICMP
 @example(SENT[:4] + part(1 | 0x8000, b"") + part(2 | 0x8000, b""))
+@example(SENT.replace(bytes.fromhex("05000100 11000000"), part(1, b"")))
+@example(SENT.replace(bytes.fromhex("08000200 c0000201"), part(2, b"\1\2")))
 def test_what_is_no_flow_with_ports_is_none(message: bytes) -> None:
     found = flow(message, Family.IPV4)
     assert found is None or found.protocol in Protocol
