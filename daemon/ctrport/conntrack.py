@@ -86,10 +86,16 @@ def _leads_to(flow: Flow, mapping: Mapping, attachment: Attachment) -> bool:
     return flow.reply_source == attachment.address and flow.reply_port == flow.port + offset
 
 
+def _is_about(touched: Opened | Closed, protocol: Protocol, port: int) -> bool:
+    """Whether it is a host port of the mapping."""
+    ports = touched.mapping.host_ports
+    return protocol is touched.mapping.protocol and ports is not None and ports.first <= port <= ports.last
+
+
 def _to_host_port(flow: Flow, touched: Opened | Closed, node: Collection[Address]) -> bool:
     """Whether a flow was sent to a host port of the mapping: at the node, not just through it to another host."""
-    mapping, ports = touched.mapping, touched.mapping.host_ports
-    if flow.protocol is not mapping.protocol or ports is None or not ports.first <= flow.port <= ports.last:
+    mapping = touched.mapping
+    if not _is_about(touched, flow.protocol, flow.port):
         return False
     if Family.of(flow.destination) not in touched.families:
         return False
@@ -143,10 +149,25 @@ async def _drop_stale(touched: Sequence[Opened | Closed], node: Collection[Addre
         return 0
 
     def drop(patience: Patience) -> int:
-        flows = _listed(family, ports, patience)
-        return _remove([flow for flow in flows if any(one.is_stale(flow, node) for one in touched)], patience)
+        return _remove(_stale(touched, _listed(family, ports, patience), node, patience), patience)
 
     return await _beside(family, drop)
+
+
+def _stale(
+    touched: Sequence[Opened | Closed], flows: Sequence[Flow], node: Collection[Address], patience: Patience
+) -> list[Flow]:
+    """Return which flows are stale. Thousands may have been touched, so each flow meets those of its port alone."""
+    of_port: dict[tuple[Protocol, int], list[Opened | Closed]] = {}
+    stale = []
+    for flow in flows:
+        patience.check()
+        where = flow.protocol, flow.port
+        if where not in of_port:
+            of_port[where] = [one for one in touched if _is_about(one, *where)]
+        if any(one.is_stale(flow, node) for one in of_port[where]):
+            stale.append(flow)
+    return stale
 
 
 def _ports(touched: Sequence[Opened | Closed]) -> Ports:
@@ -194,9 +215,8 @@ _PASSING = (errno.ENOBUFS, errno.EINTR, errno.EAGAIN)
 def _listed(family: Family, ports: Ports, patience: Patience) -> list[Flow]:
     for left in reversed(range(TRIES)):
         try:
-            with contextlib.closing(
-                Flows()
-            ) as flows:  # anew each time: what was not read of a list ends with its socket
+            # A socket of its own for each list: what was not read of one ends with it.
+            with contextlib.closing(Flows()) as flows:
                 return list(flows.to(family, ports, patience))
         except Interrupted:
             if not left:

@@ -5,7 +5,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import ip_address
 
 import pytest
@@ -326,6 +326,22 @@ def test_a_flow_that_cannot_be_removed_keeps_none_of_the_others(monkeypatch: pyt
     assert str(raised.value) == "1 of 3 flows that lead astray could not be removed: Device or resource busy"
     assert kernel.removed == TRACKED[3:5]
     assert kernel.open == 0
+
+
+def test_a_flow_meets_what_was_touched_of_its_port_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, *[flow("192.0.2.1", 1000 + n % 100, "192.0.2.1", 1000, id=n) for n in range(2000)])
+    judged = 0
+    is_stale = Opened.is_stale
+
+    def counted(self: Opened, tracked: Flow, node: Collection[Address]) -> bool:
+        nonlocal judged
+        judged += 1
+        return is_stale(self, tracked, node)
+
+    monkeypatch.setattr(Opened, "is_stale", counted)
+    here = worlds.attachment()
+    assert drop([Opened(mapping(f"{port}:{port}/udp"), here) for port in range(1000, 1400)]) == 2000
+    assert len(kernel.removed) == judged == 2000
 
 
 def endless(monkeypatch: pytest.MonkeyPatch) -> Kernel:
