@@ -4,42 +4,33 @@ A flow is looked up in the rules only once, at its first packet. So a UDP client
 rule never meets the rule, and one whose container moved keeps sending into the void. After rules came or went, the
 flows that they would have decided otherwise are removed; the next packet of each is looked up anew.
 
-Reads and removes flows with the program ``conntrack``, which kubeadm wants on every node too.
+A look at the flows takes long where there are many, so it has a thread. Most of it is the kernel's time.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Sequence
+import asyncio
+import contextlib
+import errno
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
+from typing import TypeVar
 
+from .ctnetlink import Flow, Flows, GivenUp, Patience, Ports
 from .model import Address, Attachment, Family, Mapping, PortRange, Protocol
-from .programs import ProgramError, run
+from .nlmsg import Interrupted
 
-#: Seconds that listing or removing flows may take before it is given up.
+T = TypeVar("T")
+
+#: Seconds that a look at the flows of one family, and the removal of some, may take before it is given up.
 TIMEOUT = 10.0
+#: How often flows are listed again that changed all the while.
+TRIES = 5
 
 
 class ConntrackError(Exception):
     """Flows could not be listed or removed; the message is one sentence for people."""
-
-
-@dataclass(frozen=True)
-class Flow:
-    """One tracked flow: where its first packet went, and where its answers come from."""
-
-    protocol: Protocol
-    destination: Address
-    port: int
-    reply_source: Address
-    reply_port: int
-
-    @property
-    def translated(self) -> bool:
-        """Whether the flow's destination was translated."""
-        return self.reply_source != self.destination
 
 
 @dataclass(frozen=True)
@@ -95,10 +86,16 @@ def _leads_to(flow: Flow, mapping: Mapping, attachment: Attachment) -> bool:
     return flow.reply_source == attachment.address and flow.reply_port == flow.port + offset
 
 
+def _is_about(touched: Opened | Closed, protocol: Protocol, port: int) -> bool:
+    """Whether it is a host port of the mapping."""
+    ports = touched.mapping.host_ports
+    return protocol is touched.mapping.protocol and ports is not None and ports.first <= port <= ports.last
+
+
 def _to_host_port(flow: Flow, touched: Opened | Closed, node: Collection[Address]) -> bool:
     """Whether a flow was sent to a host port of the mapping: at the node, not just through it to another host."""
-    mapping, ports = touched.mapping, touched.mapping.host_ports
-    if flow.protocol is not mapping.protocol or ports is None or not ports.first <= flow.port <= ports.last:
+    mapping = touched.mapping
+    if not _is_about(touched, flow.protocol, flow.port):
         return False
     if Family.of(flow.destination) not in touched.families:
         return False
@@ -124,12 +121,12 @@ _SETTINGS = Path("/proc/sys/net/netfilter")
 
 async def to_port(protocol: Protocol, family: Family, port: int) -> list[Flow]:
     """Return the flows that were sent to a port of any address. Raises ``ConntrackError``."""
-    kind = ("-f", f"ipv{family.value}", "-p", protocol.value)
-    return list(parse(await _run("-L", *kind, "--orig-port-dst", str(port))))
+    ports = {protocol: [PortRange(port, port)]}
+    return await _beside(family, lambda patience: _listed(family, ports, patience))
 
 
 async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address]) -> int:
-    """Remove the flows that ``touched`` mappings made stale, and return how many kinds of flow that were.
+    """Remove the flows that ``touched`` mappings made stale, and return how many that were.
 
     ``node`` are the node's own addresses. Raises ``ConntrackError``, but does in the other family what can be done;
     what was removed stays so.
@@ -147,61 +144,102 @@ async def drop_stale(touched: Sequence[Opened | Closed], node: Collection[Addres
 
 
 async def _drop_stale(touched: Sequence[Opened | Closed], node: Collection[Address], family: Family) -> int:
-    removed = 0
-    for protocol in sorted({one.mapping.protocol for one in touched}):
-        ours = [one for one in touched if one.mapping.protocol is protocol]
-        # Said each time: what conntrack takes where it is not said differs between its versions.
-        kind = ("-f", f"ipv{family.value}", "-p", protocol.value)
-        flows = parse(await _run("-L", *kind, *_narrowed(ours)))
-        stale = {flow for flow in flows if any(one.is_stale(flow, node) for one in ours)}
-        for key in sorted({_key(flow) for flow in stale}):
-            await _run("-D", *kind, *key)
-            removed += 1
-    return removed
+    ports = _ports(touched)
+    if not ports:
+        return 0
+
+    def drop(patience: Patience) -> int:
+        return _remove(_stale(touched, _listed(family, ports, patience), node, patience), patience)
+
+    return await _beside(family, drop)
 
 
-def _narrowed(touched: Sequence[Opened | Closed]) -> list[str]:
-    """Return the filter that lists no more than needed, where conntrack has one for it."""
-    ports = {one.mapping.host_ports for one in touched}
-    match list(ports):
-        case [PortRange(first, last)] if first == last:
-            return ["--orig-port-dst", str(first)]
-    return []
+def _stale(
+    touched: Sequence[Opened | Closed], flows: Sequence[Flow], node: Collection[Address], patience: Patience
+) -> list[Flow]:
+    """Return which flows are stale. Thousands may have been touched, so each flow meets those of its port alone."""
+    of_port: dict[tuple[Protocol, int], list[Opened | Closed]] = {}
+    stale = []
+    for flow in flows:
+        patience.check()
+        where = flow.protocol, flow.port
+        if where not in of_port:
+            of_port[where] = [one for one in touched if _is_about(one, *where)]
+        if any(one.is_stale(flow, node) for one in of_port[where]):
+            stale.append(flow)
+    return stale
 
 
-def _key(flow: Flow) -> tuple[str, ...]:
-    """Return what names all flows like this one: the port alone would cut other people's, such as a sibling's DNS."""
-    return (
-        *("--orig-port-dst", str(flow.port), "--orig-dst", str(flow.destination)),
-        *("--reply-src", str(flow.reply_source), "--reply-port-src", str(flow.reply_port)),
+def _ports(touched: Sequence[Opened | Closed]) -> Ports:
+    """Return the host ports whose flows are to be looked at."""
+    ports: dict[Protocol, list[PortRange]] = {}
+    for one in touched:
+        if one.mapping.host_ports is not None:
+            ports.setdefault(one.mapping.protocol, []).append(one.mapping.host_ports)
+    return ports
+
+
+async def _beside(family: Family, work: Callable[[Patience], T]) -> T:
+    """Have it done in a thread, which ends soon after this is cancelled. Raises ``ConntrackError``."""
+    patience = Patience(TIMEOUT)
+    try:
+        return await asyncio.to_thread(work, patience)
+    except GivenUp as error:
+        raise _failed(family, f"it took longer than {TIMEOUT:.0f} s") from error
+    except Interrupted as error:
+        raise _failed(family, "they changed all the while") from error
+    except OSError as error:
+        raise _failed(family, _WHY.get(error.errno or 0) or error.strerror or "the kernel does not answer") from error
+    finally:
+        patience.end()
+
+
+def _failed(family: Family, why: str) -> ConntrackError:
+    return ConntrackError(
+        f"flows of IPv{family.value} could not be looked at: {why}: "
+        "UDP flows may go on where their mapping no longer leads"
     )
 
 
-_FLOW = re.compile(
-    r"^(?P<protocol>\w+) .*?src=\S+ dst=(?P<destination>\S+) sport=\d+ dport=(?P<port>\d+) "
-    r".*?src=(?P<reply_source>\S+) dst=\S+ sport=(?P<reply_port>\d+) dport=\d+",
-    re.MULTILINE,
-)
+_NO_CTNETLINK = "this kernel has no ctnetlink (module nf_conntrack_netlink)"
+_WHY = {
+    errno.EPERM: "it takes CAP_NET_ADMIN",
+    # Of nfnetlink a part that is not there and cannot be loaded, and no nfnetlink at all.
+    errno.EINVAL: _NO_CTNETLINK,
+    errno.EPROTONOSUPPORT: _NO_CTNETLINK,
+}
+#: What is over by itself: the kernel had no memory at hand, or something came between.
+_PASSING = (errno.ENOBUFS, errno.EINTR, errno.EAGAIN)
 
 
-def parse(text: str) -> Iterator[Flow]:
-    """Read what ``conntrack -L`` prints."""
-    for found in _FLOW.finditer(text):
-        yield Flow(
-            Protocol(found["protocol"]),
-            ip_address(found["destination"]),
-            int(found["port"]),
-            ip_address(found["reply_source"]),
-            int(found["reply_port"]),
-        )
+def _listed(family: Family, ports: Ports, patience: Patience) -> list[Flow]:
+    for left in reversed(range(TRIES)):
+        try:
+            # A socket of its own for each list: what was not read of one ends with it.
+            with contextlib.closing(Flows()) as flows:
+                return list(flows.to(family, ports, patience))
+        except Interrupted:
+            if not left:
+                raise
+        except OSError as error:
+            if not left or error.errno not in _PASSING:
+                raise
+    raise AssertionError  # pragma: no cover - the last turn returned or raised
 
 
-async def _run(*argv: str) -> str:
-    try:
-        ended = await run("conntrack", *argv, timeout=TIMEOUT)
-    except ProgramError as error:
-        raise ConntrackError(f"{error}: UDP flows may go on where their mapping no longer leads") from error
-    # Status 1 with "0 flow entries" is its way to say that none matched: another may have removed them first.
-    if ended.status != 0 and "0 flow entries" not in ended.err:
-        raise ConntrackError(f"conntrack {argv[0]} failed: {' '.join(ended.err.split())}")
-    return ended.out
+def _remove(stale: Sequence[Flow], patience: Patience) -> int:
+    """Remove flows, also the others where one cannot be removed; return how many were there still."""
+    if not stale:
+        return 0
+    removed, kept = 0, 0
+    why = ""
+    with contextlib.closing(Flows()) as flows:
+        for one in stale:
+            patience.check()
+            try:
+                removed += flows.remove(one)
+            except OSError as error:
+                kept, why = kept + 1, why or error.strerror or "the kernel does not answer"
+    if kept:
+        raise ConntrackError(f"{kept} of {len(stale)} flows that lead astray could not be removed: {why}")
+    return removed

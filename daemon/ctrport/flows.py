@@ -14,6 +14,9 @@ from .tasks import end
 
 #: How many mappings are remembered whose flows could not be looked at, to be tried again.
 MOST_STALE = 1000
+#: A look takes the kernel 10 ms, and ten times that where there are many flows. The next one begins when so many times
+#: as long has passed, but no more than so many seconds: what comes meanwhile is looked for with one look.
+REST, LONGEST_REST = 4, 1.0
 
 
 class StaleFlows:
@@ -28,6 +31,7 @@ class StaleFlows:
         self._touched: list[Opened | Closed] = []
         self._stale: list[Opened | Closed] = []  # of what was touched: whose rules are in the kernel
         self._dropping: asyncio.Task[None] | None = None
+        self._rests_until = float("-inf")
 
     def touch(self, those: Iterable[Opened | Closed]) -> None:
         """Have flows looked for with the next ``drop``, when the rules are in the kernel."""
@@ -56,8 +60,12 @@ class StaleFlows:
             await end(self._dropping)
 
     async def _drop(self, node: Callable[[], frozenset[Address]]) -> None:
+        time = asyncio.get_running_loop().time
         while self._stale:
+            if (rest := self._rests_until - time()) > 0:
+                await asyncio.sleep(rest)
             stale, self._stale = self._stale, []
+            began = time()
             try:
                 self._tally.flows_deleted += await conntrack.drop_stale(stale, node())
             except ConntrackError as error:
@@ -68,6 +76,8 @@ class StaleFlows:
             except asyncio.CancelledError:
                 self._stale = stale + self._stale  # for who goes on from here
                 raise
+            finally:
+                self._rests_until = time() + min(REST * (time() - began), LONGEST_REST)
             self._complain("")
 
 

@@ -183,7 +183,7 @@ def _of(reading: Reading) -> Iterator[Metric]:
 
     yield _counter(
         "ctrport_conntrack_deletions_total",
-        "Flows that were deleted as their mapping came or went; those that differ in the client alone count once.",
+        "Flows that were deleted as their mapping came or went.",
         tally.flows_deleted,
     )
     yield _counter(

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 from .nlmsg import (
     ACK,
+    NETFILTER,
     Conversation,
     Interrupted,
     Message,
@@ -32,7 +33,6 @@ from .nlmsg import (
     text,
 )
 
-_NETFILTER = 12  # NETLINK_NETFILTER, which not every Python has
 _GROUP_NFTABLES = 7
 _GETTABLE, _GETCHAIN, _NEWRULE, _GETRULE, _DELRULE = ((10 << 8) | number for number in (1, 4, 6, 7, 8))
 _NEWGEN, _GETGEN = (10 << 8) | 15, (10 << 8) | 16
@@ -73,7 +73,7 @@ class NfTables(Conversation):
     """Asks about the nf_tables of the network namespace it was made in. Raises ``OSError`` as the kernel refuses."""
 
     def __init__(self) -> None:
-        super().__init__(_NETFILTER)
+        super().__init__(NETFILTER)
 
     def tables(self) -> list[tuple[str, str]]:
         """Return the family, in nft's word, and the name of every table."""
@@ -245,7 +245,7 @@ class NewRules:
     """
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
         self._socket.setblocking(False)
         self._socket.bind((0, 0))
 
@@ -280,7 +280,7 @@ class Announcements:
     """What the kernel announces of changes to nf_tables, from when this was made on. Raises ``OSError``."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
         self._socket.setblocking(False)
         # The rules themselves are announced too, thousands where kube-proxy writes: the kernel is to keep them.
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, _ONLY_NEWGEN)

@@ -22,6 +22,8 @@ _ATTRIBUTE = struct.Struct("=HH")  # length, kind
 _HEADER = struct.Struct("=IHHII")  # length, kind, flags, the question's number, who it is for
 
 
+NETFILTER = 12  # NETLINK_NETFILTER, which not every Python has
+
 _SOL_NETLINK, _CAP_ACK = 270, 10  # linux/socket.h
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 

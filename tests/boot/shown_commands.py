@@ -34,10 +34,9 @@ WAYS = {
     "firewall-cmd --reload": Way(before=_FIREWALLD, after=_NO_FIREWALLD),
     # There is no network: what is seen is that Debian has packages of these names.
     "apt-get install gcc libc6-dev python3-dev": Way(says=_THERE),
-    "apt-get install python3-venv iptables conntrack": Way(says=_THERE),
+    "apt-get install python3-venv iptables": Way(says=_THERE),
     "apt-get install iptables": Way(says=_THERE),
     "apt-get install nftables": Way(says=_THERE),
-    "apt-get install conntrack": Way(says=_THERE),
 }
 
 #: What is not run here, and why, or where else.

@@ -21,7 +21,7 @@ MIRROR = os.environ.get("MIRROR", "http://deb.debian.org/debian")
 PACKAGES = (
     *("systemd-sysv", "dbus", "iproute2", "procps", "kmod", "util-linux", "ca-certificates", "busybox-static"),
     *("containerd", "runc", "containernetworking-plugins"),
-    *("iptables", "nftables", "conntrack", "firewalld"),
+    *("iptables", "nftables", "firewalld"),
     *("make", "python3", "python3-venv", "python3-dev", "gcc", "libc6-dev"),
 )
 #: Seconds that building may take.

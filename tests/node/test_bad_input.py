@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from embedded.node import Node
-from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp
+from embedded.traffic import Refused, Reply, Server, eventually, probe_tcp, probe_udp
 from tests.node.daemon import Ctrport, publish, wait_open
 
 WEB = publish(("{container: web}", "8080:80"))
@@ -167,21 +168,31 @@ def test_without_iptables_it_says_what_to_install(node: Node, ctrport: Ctrport, 
     assert re.fullmatch(r"ctrport: iptables-nft(-save)? is not installed: install iptables \(1\.8 or later\)", said)
 
 
-def test_without_conntrack_it_says_so_once_and_publishes(node: Node, ctrport: Ctrport) -> None:
+def test_it_takes_no_other_programs_than_those_of_iptables(node: Node, ctrport: Ctrport) -> None:
     programs = node.directory / "programs"
     programs.mkdir()
     for name in ("iptables-nft", "iptables-nft-save", "iptables-nft-restore"):
         found = shutil.which(name)
         assert found is not None
         (programs / name).symlink_to(found)
-    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: shop}", "8081:80")))
+    ctrport.configure(publish(("{container: web}", "8080:80"), ("{container: dns}", "5353:53/udp")))
     ctrport.start(env={"PATH": str(programs)})
     Server(node.start("web"), 80)
     wait_open(node, 8080, "web")
-    Server(node.start("shop"), 80)
-    wait_open(node, 8081, "shop")
-    ctrport.wait_for("8081:80/tcp", "active")
-    assert ctrport.messages.count("conntrack is not installed") == 1
+    with node.client.socket(socket.SOCK_DGRAM) as client:  # whose flow is older than the mapping
+        assert isinstance(probe_udp(node.client, node.address, 5353, over=client), Refused)
+        dns = node.start("dns")
+        Server(dns, 53, kind=socket.SOCK_DGRAM)
+        ctrport.wait_for("5353:53/udp", "active")
+        eventually(
+            lambda: isinstance(probe_udp(node.client, node.address, 5353, over=client), Reply), what="dns answering it"
+        )
+    node.delete(dns)
+    ctrport.wait_for("5353:53/udp", "waiting")
+    eventually(
+        lambda: "dport=5353" not in node.run("conntrack", "-L", "-p", "udp").stdout, what="no flow of it being left"
+    )
+    assert ctrport.status()["warnings"] == []
     assert "Traceback" not in ctrport.messages
 
 

@@ -196,7 +196,7 @@ def test_where_nft_is_not_installed_all_else_works(node: Stage, ctrport: Ctrport
     load(node, "iptables")
     directory = node.directory / "without-nft"
     directory.mkdir()
-    for program in ("iptables-nft", "iptables-nft-restore", "iptables-nft-save", "conntrack"):
+    for program in ("iptables-nft", "iptables-nft-restore", "iptables-nft-save"):
         for name in (program, program.replace("iptables", "ip6tables")):
             path = node.run("sh", "-c", f"command -v {name}").stdout.strip()
             if not (directory / name).exists():

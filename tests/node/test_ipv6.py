@@ -164,7 +164,7 @@ def test_a_node_that_forwards_no_ipv6_serves_ipv4_until_it_does(node: Node, ctrp
 def test_a_node_without_ip6tables_serves_ipv4_and_says_so(node: Node, ctrport: Ctrport) -> None:
     programs = node.directory / "programs"
     programs.mkdir()
-    for name in ("iptables-nft", "iptables-nft-save", "iptables-nft-restore", "conntrack"):
+    for name in ("iptables-nft", "iptables-nft-save", "iptables-nft-restore"):
         found = shutil.which(name)
         assert found is not None
         (programs / name).symlink_to(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -103,21 +104,32 @@ def test_it_ends_within_a_second(node: Node, ctrport: Ctrport, situation: Situat
 
 def test_it_ends_though_what_it_waits_for_comes_in_the_same_moment(node: Node, ctrport: Ctrport) -> None:
     # Before Python 3.12 asyncio.wait_for lets a cancellation fall when what it waits for is there at the same time.
-    # So both are made to happen at once: while the daemon is frozen it is told to end, and its conntrack ends.
+    # So both are made to happen at once: while the daemon is frozen it is told to end, and what it waits for is over.
     programs = node.directory / "programs"
     programs.mkdir()
     begun, goes_on = programs / "begun", programs / "goes-on"
-    conntrack = programs / "conntrack"
-    conntrack.write_text(f"#!/bin/sh\n: >{begun}\nuntil [ -e {goes_on} ]; do sleep 0.01; done\nexit 0\n")
-    conntrack.chmod(0o755)
+    restore = programs / "iptables-nft-restore"
+    restore.write_text(
+        "#!/bin/sh\n"
+        f"cat >{programs}/$$\n"
+        f"if grep -q 8080 {programs}/$$; then\n"
+        f"    echo $$ >{begun}.new; mv {begun}.new {begun}\n"
+        f"    until [ -e {goes_on} ]; do sleep 0.01; done\n"
+        "fi\n"
+        f'{shutil.which("iptables-nft-restore")} "$@" <{programs}/$$\n'
+    )
+    restore.chmod(0o755)
     ctrport.configure(WEB)
     ctrport.start(env={"PATH": f"{programs}:{os.environ['PATH']}"})
     node.start("web")
-    eventually(begun.exists, what="the daemon waiting for conntrack")
+    eventually(begun.exists, what="the daemon waiting for the rules to be written")
+    of_it = ("ps", "-o", "args=", "-p", begun.read_text().strip())
     with ctrport.frozen():
+        assert str(restore) in node.run(*of_it).stdout
         node.run("kill", "-TERM", str(ctrport.status()["pid"]))
         goes_on.touch()
-        eventually(lambda: str(conntrack) not in node.run("ps", "-eo", "args").stdout, what="conntrack being over")
+        # What has ended is a zombie, for the daemon is frozen.
+        eventually(lambda: str(restore) not in node.run(*of_it, check=False).stdout, what="the program being over")
     assert ctrport.stop() == 0
 
 

@@ -85,6 +85,8 @@ WAYS = {
     "fuser -v /run/containerd": Way(behind=("flock", "/run/containerd"), says="flock"),
     "fuser -v /run/xtables.lock": Way(behind=("flock", "/run/xtables.lock"), says="flock"),
     "modprobe -a ip_tables ip6_tables": Way(status=(0, 1)),  # 1: a kernel that has all in it, and no file of modules
+    "modprobe nf_conntrack_netlink": Way(status=(0, 1)),
+    "sysctl net.netfilter.nf_conntrack_count net.netfilter.nf_conntrack_buckets": Way(says="nf_conntrack_count = "),
     "nft list table ip ctrport": Way(NFTABLES, says="default/web 8080:80/tcp"),
     "nft list map ip ctrport host-ports": Way(NFTABLES, says="default/web 8080:80/tcp"),
     "nft get element ip ctrport host-ports '{ tcp . 8080 }'": Way(NFTABLES, says="default/web 8080:80/tcp"),

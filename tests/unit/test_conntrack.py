@@ -1,54 +1,47 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from ipaddress import ip_address
-from pathlib import Path
 
 import pytest
 
 from ctrport import conntrack
-from ctrport.conntrack import Closed, Flow, Opened, parse
-from ctrport.model import Address, Protocol
+from ctrport.conntrack import Closed, ConntrackError, Opened
+from ctrport.ctnetlink import Flow, Key, Patience, Ports
+from ctrport.model import Address, Family, PortRange, Protocol
+from ctrport.nlmsg import Interrupted
 from ctrport.ports import parse as mapping
 from tests.unit import worlds
 
 NODE: set[Address] = {worlds.NODE4, worlds.NODE6}
 
-# What conntrack 1.4.7 prints.
-LISTED = """\
-tcp      6 431995 ESTABLISHED src=198.51.100.7 dst=192.0.2.1 sport=50122 dport=8080 \
-src=172.17.0.2 dst=198.51.100.7 sport=80 dport=50122 [ASSURED] mark=0 use=1
-tcp      6 117 SYN_SENT src=198.51.100.7 dst=192.0.2.1 sport=50123 dport=8080 [UNREPLIED] \
-src=192.0.2.1 dst=198.51.100.7 sport=8080 dport=50123 mark=0 use=1
-udp      17 29 src=198.51.100.7 dst=192.0.2.1 sport=40000 dport=53 [UNREPLIED] \
-src=192.0.2.1 dst=198.51.100.7 sport=53 dport=40000 mark=0 secctx=null use=1
-udp      17 119 src=198.51.100.7 dst=192.0.2.1 sport=40001 dport=53 packets=3 bytes=213 \
-src=172.17.0.2 dst=172.17.0.1 sport=5353 dport=40001 packets=3 bytes=300 [ASSURED] mark=0 zone=1 use=2
-icmp     1 29 src=198.51.100.7 dst=192.0.2.1 type=8 code=0 id=3 src=192.0.2.1 dst=198.51.100.7 type=0 code=0 id=3 \
-mark=0 use=1
-sctp     132 3 CLOSED src=2001:db8::7 dst=2001:db8::1 sport=40002 dport=99 \
-src=fd00::2 dst=2001:db8::7 sport=9 dport=40002 mark=0 use=1
-udp      17 29 src=2001:db8::7 dst=2001:db8::1 sport=34197 dport=53 [UNREPLIED] \
-src=2001:db8::1 dst=2001:db8::7 sport=53 dport=34197 mark=0 use=1
-"""
+
+def flow(
+    destination: str, port: int, reply: str, reply_port: int, protocol: Protocol = Protocol.UDP, id: int = 1
+) -> Flow:
+    key = Key(destination.encode(), None, id.to_bytes(4, "big"))
+    return Flow(protocol, ip_address(destination), port, ip_address(reply), reply_port, key)
 
 
-def flow(destination: str, port: int, reply: str, reply_port: int, protocol: Protocol = Protocol.UDP) -> Flow:
-    return Flow(protocol, ip_address(destination), port, ip_address(reply), reply_port)
+TRACKED = [
+    flow("192.0.2.1", 8080, "172.17.0.2", 80, Protocol.TCP),
+    flow("192.0.2.1", 8080, "192.0.2.1", 8080, Protocol.TCP),
+    flow("192.0.2.1", 53, "192.0.2.1", 53),
+    flow("192.0.2.1", 53, "192.0.2.1", 53, id=2),  # of another client
+    flow("192.0.2.1", 53, "172.17.0.2", 5353),
+    flow("192.0.2.1", 54, "172.17.0.2", 5353),
+    flow("2001:db8::1", 99, "fd00::2", 9, Protocol.SCTP),
+    flow("2001:db8::1", 53, "2001:db8::1", 53),
+]
 
 
-def test_a_listing_of_flows_is_read_as_conntrack_prints_it() -> None:
-    assert list(parse(LISTED)) == [
-        flow("192.0.2.1", 8080, "172.17.0.2", 80, Protocol.TCP),
-        flow("192.0.2.1", 8080, "192.0.2.1", 8080, Protocol.TCP),
-        flow("192.0.2.1", 53, "192.0.2.1", 53),
-        flow("192.0.2.1", 53, "172.17.0.2", 5353),
-        flow("2001:db8::1", 99, "fd00::2", 9, Protocol.SCTP),
-        flow("2001:db8::1", 53, "2001:db8::1", 53),
-    ]
-    assert [each.translated for each in parse(LISTED)] == [True, False, False, True, True, False]
-    assert list(parse("")) == []
+def test_a_flow_is_translated_where_another_answers_than_was_asked() -> None:
+    assert [each.translated for each in TRACKED] == [True, False, False, False, True, True, True, False]
 
 
 STALE_ONCE_OPEN: list[tuple[str, Flow, bool]] = [
@@ -139,135 +132,270 @@ def test_where_others_are_let_in_from_now_on_connections_live_and_datagrams_are_
         assert Closed(mapping(f"8080:80/{protocol}"), here, connections=False).is_stale(through, NODE) is stale
 
 
-class Commands:
-    """Stands where conntrack is run: keeps what was asked of it, and answers a list with ``LISTED``."""
+class Kernel:
+    """Stands where the kernel is asked: keeps what was asked of it. ``says`` may raise instead of a list."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: str = "") -> None:
-        self.run: list[tuple[str, ...]] = []
-        self.failing = failing
-        monkeypatch.setattr(conntrack, "_run", self._answer)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *tracked: Flow) -> None:
+        self.tracked = list(tracked or TRACKED)
+        self.asked: list[tuple[Family, Ports]] = []
+        self.removed: list[Flow] = []
+        self.begun = threading.Event()
+        self.open = 0
+        self.says: Callable[[Family], None] = lambda family: None
+        self.refuses: dict[Flow, int] = {}
+        monkeypatch.setattr(conntrack, "Flows", lambda: _Socket(self))
 
-    async def _answer(self, *argv: str) -> str:
-        self.run.append(argv)
-        _, _, family, _, protocol, *_ = argv
-        lines = [line for line in LISTED.splitlines(keepends=True) if line.startswith(f"{protocol} ")]
-        lines = [line for line in lines if ("::" in line) is (family == "ipv6")]
-        if family == self.failing:
-            raise conntrack.ConntrackError(f"conntrack failed for {family}")
-        return "".join(lines) if argv[0] == "-L" else ""
+
+class _Socket:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        kernel.open += 1
+
+    def close(self) -> None:
+        self.kernel.open -= 1
+
+    def to(self, family: Family, ports: Ports, patience: Patience) -> Iterator[Flow]:
+        self.kernel.asked.append((family, ports))
+        self.kernel.begun.set()
+        for one in self.kernel.tracked:
+            patience.check()
+            if Family.of(one.destination) is family:
+                wanted = ports.get(one.protocol, ())
+                if any(each.first <= one.port <= each.last for each in wanted):
+                    yield one
+        self.kernel.says(family)
+
+    def remove(self, one: Flow) -> bool:
+        if one in self.kernel.refuses:
+            raise OSError(self.kernel.refuses[one], os.strerror(self.kernel.refuses[one]))
+        self.kernel.removed.append(one)
+        there = one in self.kernel.tracked
+        self.kernel.tracked = [each for each in self.kernel.tracked if each != one]
+        return there
 
 
 def drop(touched: Sequence[Opened | Closed]) -> int:
     return asyncio.run(conntrack.drop_stale(touched, NODE))
 
 
-def test_only_stale_flows_are_removed_each_by_all_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = Commands(monkeypatch)
-    to_node = ("--orig-port-dst", "53", "--orig-dst", "192.0.2.1")
-    assert drop([Opened(mapping("53:53/udp"), worlds.attachment("172.17.0.9"))]) == 2
-    assert commands.run == [
-        ("-L", "-f", "ipv4", "-p", "udp", "--orig-port-dst", "53"),
-        ("-D", "-f", "ipv4", "-p", "udp", *to_node, "--reply-src", "172.17.0.2", "--reply-port-src", "5353"),
-        ("-D", "-f", "ipv4", "-p", "udp", *to_node, "--reply-src", "192.0.2.1", "--reply-port-src", "53"),
-    ]
+def ports(*texts: str) -> list[PortRange]:
+    return [found for text in texts if (found := mapping(text).host_ports) is not None]
+
+
+def test_only_stale_flows_are_removed_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    assert drop([Opened(mapping("53:53/udp"), worlds.attachment("172.17.0.9"))]) == 3
+    assert kernel.asked == [(Family.IPV4, {Protocol.UDP: ports("53:53")})]
+    assert kernel.removed == TRACKED[2:5]
+    assert drop([Opened(mapping("53:53/udp"), worlds.attachment("172.17.0.9"))]) == 0
+    assert kernel.open == 0
 
 
 def test_of_a_mapping_in_both_families_the_flows_of_both_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = Commands(monkeypatch)
-    assert drop([Opened(mapping("53:53/udp"), worlds.attachment(each)) for each in ("172.17.0.9", "fd00::9")]) == 3
-    assert [argv[:3] for argv in commands.run if argv[0] == "-L"] == [("-L", "-f", "ipv4"), ("-L", "-f", "ipv6")]
-    to_node = ("--orig-port-dst", "53", "--orig-dst", "2001:db8::1")
-    reply = ("--reply-src", "2001:db8::1", "--reply-port-src", "53")
-    assert commands.run[-1] == ("-D", "-f", "ipv6", "-p", "udp", *to_node, *reply)
+    kernel = Kernel(monkeypatch)
+    assert drop([Opened(mapping("53:53/udp"), worlds.attachment(each)) for each in ("172.17.0.9", "fd00::9")]) == 4
+    assert [family for family, _ in kernel.asked] == [Family.IPV4, Family.IPV6]
+    assert kernel.removed[-1] == TRACKED[-1]
 
 
 @pytest.mark.parametrize(
     ("text", "families"),
-    [("8080:80", ["ipv4", "ipv6"]), ("192.0.2.1:8080:80", ["ipv4"]), ("[2001:db8::1]:8080:80", ["ipv6"])],
+    [
+        ("8080:80", [Family.IPV4, Family.IPV6]),
+        ("192.0.2.1:8080:80", [Family.IPV4]),
+        ("[2001:db8::1]:8080:80", [Family.IPV6]),
+    ],
 )
 def test_where_an_earlier_runs_rules_led_to_is_looked_for_in_all_families_of_the_mapping(
-    monkeypatch: pytest.MonkeyPatch, text: str, families: list[str]
+    monkeypatch: pytest.MonkeyPatch, text: str, families: list[Family]
 ) -> None:
-    commands = Commands(monkeypatch)
+    kernel = Kernel(monkeypatch)
     drop([Closed(mapping(text), None)])
-    assert [argv[2] for argv in commands.run if argv[0] == "-L"] == families
+    assert [family for family, _ in kernel.asked] == families
 
 
-@pytest.mark.parametrize(("failing", "dropped"), [("ipv4", "2001:db8::1"), ("ipv6", "192.0.2.1")])
+@pytest.mark.parametrize(("failing", "dropped"), [(Family.IPV4, TRACKED[-1:]), (Family.IPV6, TRACKED[2:4])])
 def test_a_family_that_fails_does_not_keep_the_other_from_being_done(
-    monkeypatch: pytest.MonkeyPatch, failing: str, dropped: str
+    monkeypatch: pytest.MonkeyPatch, failing: Family, dropped: list[Flow]
 ) -> None:
-    commands = Commands(monkeypatch, failing)
-    with pytest.raises(conntrack.ConntrackError, match=f"failed for {failing}"):
+    kernel = Kernel(monkeypatch, *TRACKED[:4], *TRACKED[-1:])
+
+    def fail(family: Family) -> None:
+        if family is failing:
+            raise OSError(errno.EIO, "Input/output error")
+
+    kernel.says = fail
+    with pytest.raises(ConntrackError, match=f"flows of IPv{failing.value} could not be looked at: Input/output error"):
         drop([Opened(mapping("53:53/udp"), worlds.attachment(each)) for each in ("172.17.0.2", "fd00::9")])
-    assert {argv[argv.index("--orig-dst") + 1] for argv in commands.run if argv[0] == "-D"} == {dropped}
+    assert kernel.removed == dropped
 
 
-def test_what_was_touched_is_looked_for_once_a_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = Commands(monkeypatch)
+def test_what_was_touched_is_looked_for_in_one_list_a_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
     here = worlds.attachment()
-    touched = [Opened(mapping(text), here) for text in ("1:1", "2:2", "1:1/udp", "5-6:5-6/sctp")]
+    touched = [Opened(mapping(text), here) for text in ("1:1", "2:2", "1:1/udp", "5-6:5-6/sctp", "7")]
     assert drop(touched) == 0
-    # Conntrack filters by one port or by none.
-    assert commands.run == [
-        ("-L", "-f", "ipv4", "-p", "sctp"),
-        ("-L", "-f", "ipv4", "-p", "tcp"),
-        ("-L", "-f", "ipv4", "-p", "udp", "--orig-port-dst", "1"),
-    ]
+    wanted = {Protocol.TCP: ports("1:1", "2:2"), Protocol.UDP: ports("1:1"), Protocol.SCTP: ports("5-6:5-6")}
+    assert kernel.asked == [(Family.IPV4, wanted)]
 
 
 def test_where_nothing_was_touched_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = Commands(monkeypatch)
+    kernel = Kernel(monkeypatch)
     assert drop([]) == 0
-    assert commands.run == []
+    assert drop([Opened(mapping("8080"), worlds.attachment())]) == 0  # without a host port there is nothing to be stale
+    assert kernel.asked == []
 
 
 def test_one_mapping_closed_and_another_opened_on_the_same_port_is_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = Commands(monkeypatch)
+    kernel = Kernel(monkeypatch)
     closed = Closed(mapping("8080:80"), worlds.attachment("172.17.0.2"))
     opened = Opened(mapping("8080:80"), worlds.attachment("172.17.0.3"))
     assert drop([closed, opened]) == 1
-    assert [argv[:1] for argv in commands.run] == [("-L",), ("-D",)]
+    assert (len(kernel.asked), kernel.removed) == (1, TRACKED[:1])
 
 
-def test_without_conntrack_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(conntrack.ConntrackError, match="conntrack is not installed"):
-        drop([Opened(mapping("8080:80"), worlds.attachment())])
+TOUCHED = [Opened(mapping("53:53/udp"), worlds.attachment("172.17.0.9"))]
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"),
+    ("code", "why"),
     [
-        # Status 1 with this is its way to say that none matched.
-        ("echo 'conntrack v1.4.7 (conntrack-tools): 0 flow entries have been deleted.' >&2; exit 1", None),
-        ("exit 0", None),
-        ("echo 'Operation failed: sorry,  you must be root' >&2; exit 1", "conntrack -L failed: .*you must be root"),
+        (errno.EPERM, "it takes CAP_NET_ADMIN"),
+        (errno.EINVAL, "this kernel has no ctnetlink (module nf_conntrack_netlink)"),
+        (errno.EPROTONOSUPPORT, "this kernel has no ctnetlink (module nf_conntrack_netlink)"),
+        (errno.EIO, "Input/output error"),
+        (None, "the kernel does not answer"),
     ],
 )
-def test_what_conntrack_says_is_passed_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str, expected: str | None
+def test_why_flows_cannot_be_listed_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, code: int | None, why: str
 ) -> None:
-    program = tmp_path / "conntrack"
-    program.write_text(f"#!/bin/sh\n{script}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    touched = [Opened(mapping("8080:80"), worlds.attachment())]
-    if expected is None:
-        assert drop(touched) == 0
-        return
-    with pytest.raises(conntrack.ConntrackError, match=expected):
-        drop(touched)
-    program.chmod(0o644)
-    with pytest.raises(conntrack.ConntrackError, match="conntrack could not be started: Permission denied"):
-        drop(touched)
+    kernel = Kernel(monkeypatch)
+
+    def fail(family: Family) -> None:
+        raise TimeoutError("timed out") if code is None else OSError(code, os.strerror(code))
+
+    kernel.says = fail
+    with pytest.raises(ConntrackError) as raised:
+        drop(TOUCHED)
+    assert str(raised.value) == (
+        f"flows of IPv4 could not be looked at: {why}: UDP flows may go on where their mapping no longer leads"
+    )
+    assert len(kernel.asked) == 1
+    assert (kernel.removed, kernel.open) == ([], 0)
 
 
-def test_a_conntrack_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "conntrack"
-    program.write_text("#!/bin/sh\nexec /bin/sleep 30\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
+@pytest.mark.parametrize("error", [Interrupted(), OSError(errno.ENOBUFS, "no"), OSError(errno.EINTR, "no")])
+def test_a_list_that_something_came_between_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    kernel = Kernel(monkeypatch)
+    left = [error] * (conntrack.TRIES - 1)
+
+    def fail(family: Family) -> None:
+        if left:
+            raise left.pop()
+
+    kernel.says = fail
+    assert drop(TOUCHED) == 3
+    assert len(kernel.asked) == conntrack.TRIES
+    left += [error] * conntrack.TRIES  # but not for ever
+    why = "they changed all the while" if isinstance(error, Interrupted) else "no"
+    with pytest.raises(ConntrackError, match=f"IPv4 could not be looked at: {why}: "):
+        drop(TOUCHED)
+    assert len(kernel.asked) == 2 * conntrack.TRIES
+    assert kernel.open == 0
+
+
+def test_a_flow_that_another_removed_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+
+    def ended(family: Family) -> None:
+        kernel.tracked.remove(TRACKED[2])
+
+    kernel.says = ended
+    assert drop(TOUCHED) == 2
+    assert kernel.removed == TRACKED[2:5]
+
+
+def test_a_flow_that_cannot_be_removed_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch)
+    kernel.refuses = {TRACKED[2]: errno.EBUSY}
+    with pytest.raises(ConntrackError) as raised:
+        drop(TOUCHED)
+    assert str(raised.value) == "1 of 3 flows that lead astray could not be removed: Device or resource busy"
+    assert kernel.removed == TRACKED[3:5]
+    assert kernel.open == 0
+
+
+def test_a_flow_meets_what_was_touched_of_its_port_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, *[flow("192.0.2.1", 1000 + n % 100, "192.0.2.1", 1000, id=n) for n in range(2000)])
+    judged = 0
+    is_stale = Opened.is_stale
+
+    def counted(self: Opened, tracked: Flow, node: Collection[Address]) -> bool:
+        nonlocal judged
+        judged += 1
+        return is_stale(self, tracked, node)
+
+    monkeypatch.setattr(Opened, "is_stale", counted)
+    here = worlds.attachment()
+    assert drop([Opened(mapping(f"{port}:{port}/udp"), here) for port in range(1000, 1400)]) == 2000
+    assert len(kernel.removed) == judged == 2000
+
+
+def endless(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """A list that never ends; each flow of it takes its time."""
+    kernel = Kernel(monkeypatch)
+
+    class Endless(list[Flow]):
+        def __iter__(self) -> Iterator[Flow]:
+            while True:
+                time.sleep(0.001)
+                yield TRACKED[0]
+
+    kernel.tracked = Endless()
+    return kernel
+
+
+def test_a_list_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = endless(monkeypatch)
     monkeypatch.setattr(conntrack, "TIMEOUT", 0.1)
-    with pytest.raises(conntrack.ConntrackError, match="did not end within"):
-        drop([Opened(mapping("8080:80"), worlds.attachment())])
+    with pytest.raises(ConntrackError, match="could not be looked at: it took longer than 0 s"):
+        drop(TOUCHED)
+    assert kernel.open == 0
+
+
+def test_what_is_cancelled_leaves_no_thread_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = endless(monkeypatch)
+
+    async def cancelled() -> None:
+        dropping = asyncio.create_task(conntrack.drop_stale(TOUCHED, NODE))
+        assert await asyncio.to_thread(kernel.begun.wait, 5)
+        dropping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await dropping
+        for _ in range(1000):
+            if not kernel.open:
+                return
+            await asyncio.sleep(0.001)
+        pytest.fail("the thread goes on")
+
+    asyncio.run(cancelled())
+
+
+def test_the_event_loop_goes_on_while_flows_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, goes_on = Kernel(monkeypatch), threading.Event()
+
+    def wait(family: Family) -> None:
+        assert goes_on.wait(5), "the loop stood still"
+
+    kernel.says = wait
+
+    async def beside() -> int:
+        dropping = asyncio.create_task(conntrack.drop_stale(TOUCHED, NODE))
+        assert await asyncio.to_thread(kernel.begun.wait, 5)
+        goes_on.set()
+        return await dropping
+
+    assert asyncio.run(beside()) == 3
