@@ -212,6 +212,16 @@ class Netlink(Conversation):
             calls_ip6tables=as_bridge.get(37, b"\0") != b"\0",
         )
 
+    def hairpins(self) -> set[str]:
+        """Return the names of all bridge ports that a frame may go back through."""
+        found: set[str] = set()
+        with contextlib.suppress(Interrupted):  # a port that was missed by that is asked for again when it is switched
+            for message in self.dump(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_BRIDGE, 0, 0, 0, 0)):
+                attributes = read_attributes(message[16:])
+                if read_attributes(attributes.get(12, b"")).get(4, b"\0") != b"\0":
+                    found.add(text(attributes[3]))
+        return found
+
     def set_hairpin(self, port: int, on: bool) -> None:
         """Set whether a bridge may send a frame back through the port that has this index."""
         # Of all that is to be said of a port only this is said: what is left out stays as it is.
