@@ -36,7 +36,7 @@ ABREAST = 16
 STEPS_TO_ASK = 4
 #: How often ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its tick.
 LOOKS_FOR_MORE = 6
-#: And at how many of them at a time, as a look takes half a millisecond, and there may be a thousand.
+#: And at how many of them at a time, as there may be a thousand.
 MORE_AT_A_TIME = 16
 
 
@@ -53,6 +53,7 @@ class Survey:
         self._expected = Expected(containerd, finder)
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
+        self._waiting: set[ContainerKey] = set()  # those without an endpoint that may get one
         self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
         self._looks = 0  # how many of the others were looked at for that
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
@@ -76,6 +77,7 @@ class Survey:
         self._expected.forget_all()
         self._config, self._firewalls = config, dict(firewalls)
         self._holders.clear()
+        self._waiting.clear()
         self.publications = _publications(config, self.facts, firewalls)
         self.publications.recover(chosen(before))
         self._judge(self._pods.running)
@@ -90,7 +92,9 @@ class Survey:
 
     async def node(self, *, others: bool = True) -> None:
         """Look at the node itself; with ``others`` also at who else holds host ports in the kernel's tables."""
-        self._node = look(self._config.networks)
+        before, self._node = self._node, look(self._config.networks, self._node)
+        if self._node is before and not others:
+            return  # all is as it was: the same facts as before, so that nobody has to compare them
         for name, reason in self._node.amiss.items():
             if self._told.get(name) != reason:
                 log.warning("network %s: %s", name, reason)
@@ -226,7 +230,7 @@ class Survey:
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet, or one in one family since lately, and may get it without any event."""
-        self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
+        self._judge(list(self._waiting))
         for key, left in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
             del self._young[key]
             if self._complete(key) and left > 1:
@@ -255,7 +259,12 @@ class Survey:
         for key in keys:
             container = self._pods.get(key)
             wanted = container is not None and self.publications.wants(container)
-            self.publications.update(key, self._candidate(container) if container and wanted else None)
+            candidate = self._candidate(container) if container and wanted else None
+            self.publications.update(key, candidate)
+            if candidate is not None and _may_heal(candidate):
+                self._waiting.add(key)
+            else:
+                self._waiting.discard(key)
 
     def _candidate(self, container: Container) -> Candidate | None:
         try:
@@ -285,10 +294,13 @@ class Survey:
         if known is None or not isinstance(known.endpoint, Endpoint):
             return False
         wanted = self.publications.families(key) & set(self._firewalls) & self.facts.forwarding
-        if not wanted - known.endpoint.families:
+        missing = wanted - known.endpoint.families
+        if not missing:
             return False
         container = known.container
         with contextlib.suppress(Gone):
+            if not any(self._endpoints.has_address(container.pid, family) for family in missing):
+                return True
             found = self._endpoints.find(container.pid)
             if isinstance(found, Endpoint) and endpoints.started(container.pid) == container.started:
                 self.publications.update(key, replace(known, endpoint=known.endpoint.completed_by(found)))
