@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 TICK = 10.0
 #: Every so many ticks everything is listed again, and the kernel is read.
 TICKS_TO_RESYNC = 6
-#: Or seldomer, as far as this: where there is much, so that it takes a twentieth of a percent of the time and no more.
-MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.005
+#: Or seldomer, as far as this: where there is much, so that it takes 0.03 % of the time and no more. Idle the daemon is
+#: to take 0.1 %, and as much as that is for gRPC's threads, and half of it for the ticks in between.
+MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.003
 #: Transactions that are written as soon as there is something to write, and the seconds that each one more takes when
 #: these are used up: a flood of events is written in few transactions, a single event at once.
 BURST, INTERVAL = 10, 0.25

@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 ABREAST = 16
 #: Turns of the event loop until what was to be asked of containerd is on its way.
 STEPS_TO_ASK = 4
-#: How often ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its tick.
+#: For how many turns ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its
+#: tick. Later ``everything`` does.
 LOOKS_FOR_MORE = 6
-#: And at how many of them at a time, as there may be a thousand.
+#: And at how many of them at a time, as there may be a thousand, and a look takes some 50 us.
 MORE_AT_A_TIME = 16
 
 
@@ -54,8 +55,8 @@ class Survey:
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
         self._waiting: set[ContainerKey] = set()  # those without an endpoint that may get one
-        self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
-        self._looks = 0  # how many of the others were looked at for that
+        self._young: dict[ContainerKey, int] = {}  # found lately: until which turn the other family is looked for
+        self._turn = 0  # of ``what_may_heal``
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -133,10 +134,10 @@ class Survey:
         # What is published is among it also where an earlier look broke off, which may have forgotten it already.
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
-        older = [each.container.key for each in self.publications.candidates if each.container.key not in self._young]
-        for number in range(min(len(older), MORE_AT_A_TIME)):
-            self._complete(older[(self._looks + number) % len(older)])
-        self._looks += MORE_AT_A_TIME
+        published = [candidate.container.key for candidate in self.publications.candidates]
+        for key in published:
+            if self._young.get(key, 0) <= self._turn:
+                self._complete(key)
 
     def expect(self, event: TaskEvent) -> None:
         """Take in what an event says of a container that is to start."""
@@ -231,10 +232,11 @@ class Survey:
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet, or one in one family since lately, and may get it without any event."""
         self._judge(list(self._waiting))
-        for key, left in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
+        self._turn += 1
+        for key, until in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
             del self._young[key]
-            if self._complete(key) and left > 1:
-                self._young[key] = left - 1  # behind those that wait for their turn
+            if self._turn <= until and self._complete(key) and self._turn < until:
+                self._young[key] = until  # behind those that wait for a look
 
     def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
         """Find out what is to be known of these containers; None are those that do not run."""
@@ -282,7 +284,7 @@ class Survey:
             process = (known.container.pid, known.container.started)
             if process == (container.pid, container.started) and container.key not in self._early:
                 return known.endpoint  # the same process: its address does not change
-        self._young[container.key] = LOOKS_FOR_MORE
+        self._young[container.key] = self._turn + LOOKS_FOR_MORE
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
 
     def _complete(self, key: ContainerKey) -> bool:

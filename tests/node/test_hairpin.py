@@ -72,7 +72,7 @@ def test_a_container_reaches_its_own_port_only_with_it_where_it_is_needed(node: 
         assert not reach_oneself(node, web, family)
         nobody = [f"none{number}" for number in range(hairpin.MANY)]
         many = (hairpin.lacking, [port, *nobody])
-        assert call(node, *many) == [port, *nobody]
+        assert call_each(node, many) == [[port, *nobody]]
         assert call_each(node, (hairpin.switch, port, True), (hairpin.is_on, port), many) == [True, True, nobody]
         assert reach_oneself(node, web, family)
         again = (hairpin.switch, port, True)

@@ -293,7 +293,9 @@ def test_the_other_family_is_looked_for_a_few_times_after_the_start(monkeypatch:
     assert world.finds == before  # as long as it has no such address, nothing else is looked at
 
 
-def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_a_few_are_looked_at_at_a_time_and_with_all_else_those_that_had_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("ctrport.survey.MORE_AT_A_TIME", 1)
     world = Growing(monkeypatch)
     other = ContainerKey("default", "other")
@@ -309,12 +311,26 @@ def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch:
     for _ in range(4):
         world.survey.what_may_heal()
     assert looked == [WEB, other] * 2
-    world.survey._young.clear()
     monkeypatch.setattr(world.survey, "_take_in", lambda found: None)
-    for _ in range(4):
-        world.resync()
-    assert set(looked[4:6]) == {WEB, other}
-    assert looked[6:] == looked[4:6]
+    world.resync()
+    assert looked == [WEB, other] * 2  # each has its turns yet
+    for _ in range(100):
+        world.survey.what_may_heal()
+    assert looked == [WEB, other] * 3
+    world.resync()
+    assert sorted(looked[6:]) == [other, WEB]
+
+
+def test_a_container_whose_minute_is_over_waits_for_no_turn_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrport.survey.MORE_AT_A_TIME", 1)
+    world = Growing(monkeypatch)
+    world.survey._young = {ContainerKey("default", f"gone{n}"): 100 for n in range(20)} | world.survey._young
+    for _ in range(LOOKS_FOR_MORE):
+        world.survey.what_may_heal()
+    assert (WEB in world.survey._young, world.glances) == (True, 0)
+    world.at = ["172.17.0.2", "fd00::2"]
+    world.resync()
+    assert world.addresses() == world.at
 
 
 @pytest.mark.parametrize(
