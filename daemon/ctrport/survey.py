@@ -78,7 +78,6 @@ class Survey:
         self._expected.forget_all()
         self._config, self._firewalls = config, dict(firewalls)
         self._holders.clear()
-        self._waiting.clear()
         self.publications = _publications(config, self.facts, firewalls)
         self.publications.recover(chosen(before))
         self._judge(self._pods.running)

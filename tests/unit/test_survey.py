@@ -366,6 +366,7 @@ def test_a_container_without_an_address_is_looked_at_until_it_has_one_and_no_lon
     assert world.addresses() == ["172.17.0.2"]
     world.survey.what_may_heal()
     assert world.finds - before == 3
+    assert world.survey._waiting == set()
 
 
 def test_those_that_wait_are_looked_at_under_another_configuration_too(monkeypatch: pytest.MonkeyPatch) -> None:
