@@ -132,7 +132,10 @@ class Daemon:
                 if process.poll() is not None:
                     raise Failed(f"ctrport ended with status {process.returncode} instead of becoming ready")
                 with contextlib.suppress(TimeoutError):
-                    return "READY=1" in notified.recv(4096).decode().splitlines()
+                    # All that there is, as systemd reads it: the daemon may have a thousand sockets held before.
+                    while "READY=1" not in notified.recv(4096).decode().splitlines():
+                        pass
+                    return True
                 return False
 
             _held(eventually(ready, within=within, what="ctrport being ready"), "ctrport did not become ready")

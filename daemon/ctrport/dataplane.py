@@ -364,22 +364,24 @@ class Dataplane:
 
     def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
         """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""
-        due: dict[str, None] = {}
+        ports: dict[str, None] = {}  # a container can have thousands of mappings behind one port
         needed: dict[tuple[str, Family], bool] = {}
-        asked: set[str] = set()  # a container can have thousands of mappings behind one port
         for attachment in (each for publication in publications for each in _bridged(publication)):
             assert attachment.port is not None
             key = (attachment.device, Family.of(attachment.address))
             try:
                 if key not in needed:
                     needed[key] = hairpin.is_needed(*key)
-                if needed[key] and attachment.port not in asked:
-                    asked.add(attachment.port)
-                    if not hairpin.is_on(attachment.port):
-                        due[attachment.port] = None
             except OSError as error:
-                self._complain(f"the hairpin mode of {attachment.port} cannot be told: {error.strerror}")
-        return list(due)
+                self._complain(f"whether {attachment.device} needs hairpin mode cannot be told: {error.strerror}")
+                needed[key] = False
+            if needed[key]:
+                ports[attachment.port] = None
+        try:
+            return hairpin.lacking(ports)
+        except OSError as error:
+            self._complain(f"the hairpin mode of {' and '.join(list(ports)[:2])} cannot be told: {error.strerror}")
+            return []
 
     def _switch_hairpins(self, on: Sequence[str]) -> None:
         off = [port for port in self._hairpins_ours if port not in self._behind]

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address
 
-from .model import DEVICE_NAME, Address, Attachment, Endpoint, Obstacle, State
+from .model import DEVICE_NAME, Address, Attachment, Endpoint, Family, Obstacle, State
 from .netlink import LOCAL, UNICAST, Link, Netlink
 
 
@@ -202,6 +202,17 @@ class Endpoints:
         if attachments:
             return Endpoint(attachments)
         return next((one for one in found if isinstance(one, Obstacle)), LOOPBACK_ONLY)
+
+    @staticmethod
+    def has_address(pid: int, family: Family) -> bool:
+        """Whether ``find`` may find the container of process ``pid`` reached in one family. Raises ``Gone``.
+
+        A tenth of what that costs: a container that has no such address is mostly left without.
+        """
+        if family is Family.IPV4:
+            return any(not one.is_loopback for one in local_addresses(read(f"/proc/{pid}/net/fib_trie")))
+        own = addresses6(read_if_any(f"/proc/{pid}/net/if_inet6"))
+        return any(not (one.address.is_loopback or one.duplicate) for one in own)
 
 
 class _Look:

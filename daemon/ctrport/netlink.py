@@ -28,7 +28,18 @@ from ipaddress import (
     ip_network,
 )
 
-from .nlmsg import ACK, NESTED, REQUEST, Conversation, Interrupted, attribute, messages, read_attributes, text
+from .nlmsg import (
+    ACK,
+    NESTED,
+    REQUEST,
+    Conversation,
+    Interrupted,
+    attribute,
+    each_attribute,
+    messages,
+    read_attributes,
+    text,
+)
 
 _RTM_GETLINK, _RTM_SETLINK, _RTM_NEWADDR, _RTM_DELADDR = 18, 19, 20, 21
 _RTM_GETADDR, _RTM_GETROUTE, _RTM_NEWNSID, _RTM_GETNSID = 22, 26, 88, 90
@@ -213,6 +224,20 @@ class Netlink(Conversation):
             calls_iptables=as_bridge.get(36, b"\0") != b"\0",
             calls_ip6tables=as_bridge.get(37, b"\0") != b"\0",
         )
+
+    def hairpins(self) -> set[str]:
+        """Return the names of all bridge ports that a frame may go back through."""
+        found: set[str] = set()
+        with contextlib.suppress(Interrupted):  # a port that was missed by that is asked for again when it is switched
+            for message in self.dump(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_BRIDGE, 0, 0, 0, 0)):
+                attributes = read_attributes(message[16:])
+                # The fourth of forty: the others are left unread.
+                if (
+                    next((value for kind, value in each_attribute(attributes.get(12, b"")) if kind == 4), b"\0")
+                    != b"\0"
+                ):
+                    found.add(text(attributes[3]))
+        return found
 
     def set_hairpin(self, port: int, on: bool) -> None:
         """Set whether a bridge may send a frame back through the port that has this index."""

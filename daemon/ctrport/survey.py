@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 ABREAST = 16
 #: Turns of the event loop until what was to be asked of containerd is on its way.
 STEPS_TO_ASK = 4
-#: How often ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its tick.
+#: For how many turns ``what_may_heal`` looks for the other family of a container after it was found: a minute, by its
+#: tick. Later ``everything`` does.
 LOOKS_FOR_MORE = 6
-#: And at how many of them at a time, as a look takes half a millisecond, and there may be a thousand.
+#: And at how many of them at a time, as there may be a thousand, and a look takes some 50 us.
 MORE_AT_A_TIME = 16
 
 
@@ -55,8 +56,9 @@ class Survey:
         self.on_foreseen: Callable[[], None] = lambda: None
         self._pods = Pods()
         self._early: set[ContainerKey] = set()  # found before they had started: to be looked for again
-        self._young: dict[ContainerKey, int] = {}  # found lately: how often the other family is yet to be looked for
-        self._looks = 0  # how many of the others were looked at for that
+        self._waiting: set[ContainerKey] = set()  # those without an endpoint that may get one
+        self._young: dict[ContainerKey, int] = {}  # found lately: until which turn the other family is looked for
+        self._turn = 0  # of ``what_may_heal``
         self._ahead: dict[tuple[int, int], Endpoint | Obstacle] = {}  # by a process and when it started
         self._node = look(config.networks)
         self._told: dict[str, str] = {}  # what was said of networks that are not run
@@ -92,7 +94,9 @@ class Survey:
 
     async def node(self, *, others: bool = True) -> None:
         """Look at the node itself; with ``others`` also at who else holds host ports in the kernel's tables."""
-        self._node = look(self._config.networks)
+        before, self._node = self._node, look(self._config.networks, self._node)
+        if self._node is before and not others:
+            return  # all is as it was: the same facts as before, so that nobody has to compare them
         for name, reason in self._node.amiss.items():
             if self._told.get(name) != reason:
                 log.warning("network %s: %s", name, reason)
@@ -131,10 +135,10 @@ class Survey:
         # What is published is among it also where an earlier look broke off, which may have forgotten it already.
         known = [*self._pods.running, *(candidate.container.key for candidate in self.publications.candidates)]
         self._take_in(dict.fromkeys(known) | {listed.key: listed for listed in found})
-        older = [each.container.key for each in self.publications.candidates if each.container.key not in self._young]
-        for number in range(min(len(older), MORE_AT_A_TIME)):
-            self._complete(older[(self._looks + number) % len(older)])
-        self._looks += MORE_AT_A_TIME
+        published = [candidate.container.key for candidate in self.publications.candidates]
+        for key in published:
+            if self._young.get(key, 0) <= self._turn:
+                self._complete(key)
 
     def expect(self, event: TaskEvent) -> None:
         """Take in what an event says of a container that is to start."""
@@ -244,11 +248,12 @@ class Survey:
 
     def what_may_heal(self) -> None:
         """Look at what has no endpoint yet, or one in one family since lately, and may get it without any event."""
-        self._judge({c.container.key for c in self.publications.candidates if _may_heal(c)})
-        for key, left in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
+        self._judge(list(self._waiting))
+        self._turn += 1
+        for key, until in list(itertools.islice(self._young.items(), MORE_AT_A_TIME)):
             del self._young[key]
-            if self._complete(key) and left > 1:
-                self._young[key] = left - 1  # behind those that wait for their turn
+            if self._turn <= until and self._complete(key) and self._turn < until:
+                self._young[key] = until  # behind those that wait for a look
 
     def _take_in(self, found: Mapping[ContainerKey, Listed | None]) -> None:
         """Find out what is to be known of these containers; None are those that do not run."""
@@ -278,6 +283,10 @@ class Survey:
             if candidate is not None and isinstance(candidate.endpoint, Obstacle) and running and running.starts:
                 candidate = None  # what there is to say of it is to be said when it has started
             self.publications.update(key, candidate)
+            if candidate is not None and _may_heal(candidate):
+                self._waiting.add(key)
+            else:
+                self._waiting.discard(key)
 
     def _matters(self, running: Running) -> bool:
         """Whether anything of a container would be published if this were all that there is of it."""
@@ -302,7 +311,7 @@ class Survey:
             process = (known.container.pid, known.container.started)
             if process == (container.pid, container.started) and container.key not in self._early:
                 return known.endpoint  # the same process: its address does not change
-        self._young[container.key] = LOOKS_FOR_MORE
+        self._young[container.key] = self._turn + LOOKS_FOR_MORE
         return self._ahead.pop((container.pid, container.started), None) or self._endpoints.find(container.pid)
 
     def _complete(self, key: ContainerKey) -> bool:
@@ -314,10 +323,13 @@ class Survey:
         if known is None or not isinstance(known.endpoint, Endpoint):
             return False
         wanted = self.publications.families(key) & set(self._firewalls) & self.facts.forwarding
-        if not wanted - known.endpoint.families:
+        missing = wanted - known.endpoint.families
+        if not missing:
             return False
         container = known.container
         with contextlib.suppress(Gone):
+            if not any(self._endpoints.has_address(container.pid, family) for family in missing):
+                return True
             found = self._endpoints.find(container.pid)
             if isinstance(found, Endpoint) and endpoints.started(container.pid) == container.started:
                 self.publications.update(key, replace(known, endpoint=known.endpoint.completed_by(found)))

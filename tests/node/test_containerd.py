@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from ctrport.api import events_pb2, payloads_pb2
 from ctrport.containerd import (
     DEADLINE,
     PROBE_DEADLINE,
+    SLACK,
     Containerd,
     ContainerdError,
     Listed,
@@ -224,6 +227,32 @@ async def test_a_containerd_that_hangs_is_told_by_the_probe_and_its_events_are_s
         await asyncio.wait_for(waiting, 10)
         label(node, web, "a=b")
         assert await asyncio.wait_for(reading, 10) == TaskEvent(key(web), "/containers/update")
+
+
+async def test_grpcs_threads_are_woken_late_by_the_clock_and_ours_are_not(node: Node) -> None:
+    # In a process of its own, as here there are threads of other connections.
+    program = """
+import asyncio, pathlib, sys
+from ctrport.containerd import Containerd
+
+async def main():
+    async with Containerd(sys.argv[1]) as there:
+        await there.version()
+        await asyncio.to_thread(int)
+        for thread in pathlib.Path("/proc/self/task").iterdir():
+            slack = pathlib.Path(f"/proc/{thread.name}/timerslack_ns").read_text().strip()
+            print((thread / "comm").read_text().strip(), slack)
+
+asyncio.run(main())
+"""
+    address = f"/proc/{node.pid}/root{node.containerd_socket}"
+    ran = await asyncio.to_thread(subprocess.check_output, [sys.executable, "-c", program, address], text=True)
+    found = [line.rpartition(" ")[::2] for line in ran.splitlines()]
+    late = {name for name, slack in found if slack == str(round(SLACK * 1e9))}
+    usual = {name for name, slack in found if slack != str(round(SLACK * 1e9))}
+    assert {"event_engine", "lifeguard"} <= late
+    assert not late & usual - {found[0][0]}  # the name of the program, which some of gRPC's threads have, too
+    assert [slack for _, slack in (found[0], found[-1])] == ["50000"] * 2  # the event loop, and a thread of Python's
 
 
 async def test_a_shim_that_hangs_leaves_its_container_unknown_and_the_others_listed(node: Node) -> None:

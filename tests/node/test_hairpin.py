@@ -70,7 +70,10 @@ def test_a_container_reaches_its_own_port_only_with_it_where_it_is_needed(node: 
     def only_with_it() -> None:
         assert needed(family, OTHER[family]) == [True, False]
         assert not reach_oneself(node, web, family)
-        assert call_each(node, (hairpin.switch, port, True), (hairpin.is_on, port)) == [True, True]
+        nobody = [f"none{number}" for number in range(hairpin.MANY)]
+        many = (hairpin.lacking, [port, *nobody])
+        assert call_each(node, many) == [[port, *nobody]]
+        assert call_each(node, (hairpin.switch, port, True), (hairpin.is_on, port), many) == [True, True, nobody]
         assert reach_oneself(node, web, family)
         again = (hairpin.switch, port, True)
         off = (hairpin.switch, port, False)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ctrport import endpoints
 from ctrport.endpoints import (
     Address6,
+    Endpoints,
     Gone,
     Route,
     addresses6,
@@ -22,6 +23,7 @@ from ctrport.endpoints import (
     local_addresses,
     routes,
 )
+from ctrport.model import Family
 
 LOOPBACK_TRIE = """\
      +-- 127.0.0.0/8 2 0 2
@@ -284,6 +286,26 @@ def test_addresses_of_ipv6_are_read_with_their_state_but_not_those_of_a_link_alo
         own6("fd00:17::3", second_rate=True)  # a temporary one, RFC 8981
     ]
     assert addresses6("") == []
+
+
+IN_BOTH = {"fib_trie": ON_A_BRIDGE, "if_inet6": JUST_MADE}
+
+
+@pytest.mark.parametrize(
+    ("files", "families"),
+    [
+        (IN_BOTH, [Family.IPV4, Family.IPV6]),
+        (IN_BOTH | {"fib_trie": trie()}, [Family.IPV6]),
+        (IN_BOTH | {"if_inet6": "".join(JUST_MADE.splitlines(keepends=True)[:2])}, [Family.IPV4]),
+        (IN_BOTH | {"if_inet6": OF_ALL_KINDS.splitlines(keepends=True)[0]}, [Family.IPV4]),
+    ],
+    ids=["both", "loopback of IPv4", "of a link alone", "a duplicate"],
+)
+def test_in_which_families_a_container_has_an_address_takes_one_file_each(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, str], families: list[Family]
+) -> None:
+    monkeypatch.setattr(endpoints, "read", lambda path: files[path.removeprefix("/proc/7/net/")])
+    assert [family for family in Family if Endpoints.has_address(7, family)] == families
 
 
 def test_a_default_route_that_refuses_is_none() -> None:

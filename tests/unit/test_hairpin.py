@@ -44,3 +44,28 @@ def test_without_br_netfilter_no_bridge_needs_it(
 def test_a_port_that_is_gone_is_no_error() -> None:
     assert not hairpin.is_on("no-such-port")
     assert not hairpin.switch("no-such-port", True)
+
+
+def test_many_ports_are_asked_for_at_once_and_few_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class All:
+        def hairpins(self) -> set[str]:
+            asked.append("all")
+            return {"v1", "another"}
+
+        def close(self) -> None:
+            pass
+
+    def is_on(port: str) -> bool:
+        asked.append(port)
+        return port == "v1"
+
+    monkeypatch.setattr(hairpin, "Netlink", All)
+    monkeypatch.setattr(hairpin, "is_on", is_on)
+    few, many = [[f"v{number}" for number in range(count)] for count in (hairpin.MANY - 1, hairpin.MANY)]
+    assert hairpin.lacking(few) == [port for port in few if port != "v1"]
+    assert asked == few
+    asked.clear()
+    assert hairpin.lacking(many) == [port for port in many if port != "v1"]
+    assert asked == ["all"]

@@ -8,7 +8,7 @@ import pytest
 
 from ctrport import endpoints, node
 from ctrport.endpoints import Gone
-from ctrport.model import Family
+from ctrport.model import Family, Protocol
 from tests.unit.test_endpoints import JUST_MADE, OF_ALL_KINDS, ON_A_BRIDGE
 
 
@@ -58,6 +58,46 @@ def test_a_bridge_that_is_not_there_is_named() -> None:
 
 def test_where_there_is_no_cilium_there_is_no_warning() -> None:
     assert node.look().warnings == ()
+
+
+FILES = {
+    "/proc/sys/net/ipv4/ip_forward": "1\n",
+    "/proc/sys/net/ipv6/conf/all/forwarding": "1\n",
+    "/proc/self/net/fib_trie": ON_A_BRIDGE,
+    "/proc/self/net/if_inet6": JUST_MADE,
+    "/proc/sys/net/ipv4/ip_local_reserved_ports": "\n",
+}
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_node_that_is_as_it_was_is_made_sense_of_once(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    files = dict(FILES)
+    pretend(monkeypatch, files)
+    known = node.look()
+    assert node.look((), known) is known
+    changed = {"/proc/self/net/fib_trie": "", "/proc/self/net/if_inet6": JUST_MADE + OF_ALL_KINDS}
+    files[path] = changed.get(path, "0\n")
+    found = node.look((), known)
+    assert found is not known
+    assert found == node.look()
+    assert node.look((), found) is found
+
+
+def test_what_no_file_says_is_looked_at_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, FILES)
+    known = node.look()
+    found = node.look(["ctrport-none"], known)
+    assert list(found.amiss) == ["ctrport-none"]
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr("ctrport.conntrack.tracked", lambda: frozenset({Protocol.SCTP}))
+        assert node.look((), known).facts.protocols == {Protocol.SCTP}
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(node, "CILIUM_DEVICE", "lo")
+        assert node.look((), known).warnings == (node.CILIUM,)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(node, "IPVS_DEVICE", "lo")
+        assert IPv4Address("127.0.0.1") in node.look((), known).facts.services
+    assert node.look((), found) == known
 
 
 def test_whether_the_node_forwards_is_read_from_the_kernel() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -27,6 +28,21 @@ def element(protocol: str | int, port: int, chain: str = CHAIN) -> Any:
     return [{"concat": [protocol, port]}, {"goto": {"target": chain}}]
 
 
+class Tables:
+    """Has a table of kube-proxy's, or what it is to raise."""
+
+    found: bool | OSError = True
+
+    def has_table(self, family: int, table: str) -> bool:
+        assert (family, table) in {(socket.AF_INET, "kube-proxy"), (socket.AF_INET6, "kube-proxy")}
+        if isinstance(self.found, OSError):
+            raise self.found
+        return self.found
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 def told(monkeypatch: pytest.MonkeyPatch, said: Ended | Exception, family: Family = Family.IPV4) -> list[str]:
     """Return who is found to hold what, where nft says this."""
 
@@ -38,6 +54,7 @@ def told(monkeypatch: pytest.MonkeyPatch, said: Ended | Exception, family: Famil
         return said
 
     monkeypatch.setattr(nodeports, "run", run)
+    monkeypatch.setattr(nodeports, "NfTables", Tables)
     return [f"{holder.name} {holder.mapping}" for holder in asyncio.run(holders(family))]
 
 
@@ -81,6 +98,20 @@ def test_a_chain_that_is_named_after_no_service_is_not_printed(monkeypatch: pyte
 )
 def test_where_there_is_none_nothing_is_held(monkeypatch: pytest.MonkeyPatch, said: Ended | Exception) -> None:
     assert told(monkeypatch, said) == []
+
+
+@pytest.mark.parametrize("family", Family)
+def test_where_there_is_no_table_no_program_is_run(monkeypatch: pytest.MonkeyPatch, family: Family) -> None:
+    monkeypatch.setattr(Tables, "found", False)
+    assert told(monkeypatch, AssertionError("nft was run"), family) == []
+
+
+def test_where_it_cannot_be_told_whether_there_is_one_nft_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tables, "found", PermissionError())
+    text = answer(element("tcp", 30080))
+    assert told(monkeypatch, Ended(0, text, "")) == ["kube-proxy (shop/web:http) 0.0.0.0:30080:30080/tcp"]
+    with pytest.raises(Unknown, match="Operation not permitted"):
+        told(monkeypatch, Ended(1, "", "Error: Operation not permitted"))
 
 
 @pytest.mark.parametrize(

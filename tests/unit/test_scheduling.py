@@ -1,4 +1,4 @@
-"""The kernel takes the wish for short turns, and what is started has it, too."""
+"""The kernel takes the wish for short turns, and for late threads; what is started has it, too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,17 @@ def test_short_turns_are_asked_for_and_handed_down() -> None:
 def test_on_a_machine_whose_number_is_not_known_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "pdp11")
     assert not scheduling.ask_for_short_turns()
+
+
+def test_threads_that_are_started_meanwhile_are_woken_late_by_the_clock_and_no_others() -> None:
+    def within() -> int:
+        found = [0]
+        thread = threading.Thread(target=lambda: found.append(scheduling.slack()))
+        thread.start()
+        thread.join()
+        return found[-1]
+
+    before = scheduling.slack()
+    with scheduling.late_threads(0.5):
+        assert within() == 500_000_000
+    assert scheduling.slack() == within() == before

@@ -15,9 +15,20 @@ import pytest
 from ctrport import config, endpoints, nodeports, ports
 from ctrport.config import Config
 from ctrport.containerd import Listed
+from ctrport.endpoints import LOOPBACK_ONLY
 from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
-from ctrport.model import Attachment, Candidate, ContainerKey, Endpoint, Family, Holder, Obstacle, State
+from ctrport.model import (
+    Attachment,
+    Candidate,
+    ContainerKey,
+    Endpoint,
+    Family,
+    Holder,
+    NodeFacts,
+    Obstacle,
+    State,
+)
 from ctrport.survey import LOOKS_FOR_MORE, Survey
 from tests.unit import worlds
 
@@ -266,16 +277,20 @@ class Growing:
             pass
 
         self.at = ["172.17.0.2"]
-        self.finds = 0
+        self.finds = self.glances = 0
         its: Any = self
         self.survey = Survey(config, its, its, dict.fromkeys(served, its))
         self.survey.facts = replace(self.survey.facts, forwarding=frozenset(forwarded))
         monkeypatch.setattr(self.survey, "node", node)
         self.resync()
 
-    def find(self, pid: int) -> Endpoint:
+    def find(self, pid: int) -> Endpoint | Obstacle:
         self.finds += 1
-        return worlds.endpoint(*self.at)
+        return worlds.endpoint(*self.at) if self.at else LOOPBACK_ONLY
+
+    def has_address(self, pid: int, family: Family) -> bool:
+        self.glances += 1
+        return family in {Family.of(ip_address(one)) for one in self.at}
 
     async def namespaces(self) -> list[str]:
         return ["default"]
@@ -328,10 +343,13 @@ def test_the_other_family_is_looked_for_a_few_times_after_the_start(monkeypatch:
     before = world.finds
     for _ in range(100):
         world.survey.what_may_heal()
-    assert world.finds - before == LOOKS_FOR_MORE
+    assert world.glances == LOOKS_FOR_MORE
+    assert world.finds == before  # as long as it has no such address, nothing else is looked at
 
 
-def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_a_few_are_looked_at_at_a_time_and_with_all_else_those_that_had_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("ctrport.survey.MORE_AT_A_TIME", 1)
     world = Growing(monkeypatch)
     other = ContainerKey("default", "other")
@@ -347,12 +365,26 @@ def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch:
     for _ in range(4):
         world.survey.what_may_heal()
     assert looked == [WEB, other] * 2
-    world.survey._young.clear()
     monkeypatch.setattr(world.survey, "_take_in", lambda found: None)
-    for _ in range(4):
-        world.resync()
-    assert set(looked[4:6]) == {WEB, other}
-    assert looked[6:] == looked[4:6]
+    world.resync()
+    assert looked == [WEB, other] * 2  # each has its turns yet
+    for _ in range(100):
+        world.survey.what_may_heal()
+    assert looked == [WEB, other] * 3
+    world.resync()
+    assert sorted(looked[6:]) == [other, WEB]
+
+
+def test_a_container_whose_minute_is_over_waits_for_no_turn_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrport.survey.MORE_AT_A_TIME", 1)
+    world = Growing(monkeypatch)
+    world.survey._young = {ContainerKey("default", f"gone{n}"): 100 for n in range(20)} | world.survey._young
+    for _ in range(LOOKS_FOR_MORE):
+        world.survey.what_may_heal()
+    assert (WEB in world.survey._young, world.glances) == (True, 0)
+    world.at = ["172.17.0.2", "fd00::2"]
+    world.resync()
+    assert world.addresses() == world.at
 
 
 @pytest.mark.parametrize(
@@ -366,10 +398,59 @@ def test_of_many_a_few_are_looked_at_at_a_time_and_each_in_its_turn(monkeypatch:
 )
 def test_a_family_that_nobody_asks_for_is_not_looked_for(monkeypatch: pytest.MonkeyPatch, asked: Any) -> None:
     world = Growing(monkeypatch, **asked)
-    before = world.finds
+    before = world.finds, world.glances
     world.survey.what_may_heal()
     world.resync()
-    assert world.finds == before
+    assert (world.finds, world.glances) == before
+
+
+def test_a_container_without_an_address_is_looked_at_until_it_has_one_and_no_longer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = Growing(monkeypatch, served=[Family.IPV4])
+    world.survey.publications.update(WEB, None)
+    world.at = []
+    world.resync()
+    before = world.finds
+    world.survey.what_may_heal()
+    world.survey.what_may_heal()
+    assert (world.finds - before, world.addresses()) == (2, [])
+    world.at = ["172.17.0.2"]
+    world.survey.what_may_heal()
+    assert world.addresses() == ["172.17.0.2"]
+    world.survey.what_may_heal()
+    assert world.finds - before == 3
+    assert world.survey._waiting == set()
+
+
+def test_those_that_wait_are_looked_at_under_another_configuration_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Growing(monkeypatch, served=[Family.IPV4])
+    world.survey.publications.update(WEB, None)
+    world.at = []
+    world.resync()
+    asyncio.run(world.survey.use(config.parse("publish: []", "config.yaml"), {}))
+    before = world.finds
+    world.survey.what_may_heal()
+    assert world.finds == before  # nobody publishes it
+    asyncio.run(world.survey.use(CONFIG, {}))
+    world.at = ["172.17.0.2"]
+    world.survey.what_may_heal()
+    assert world.addresses() == ["172.17.0.2"]
+
+
+def test_a_node_that_is_as_it_was_has_the_same_facts_and_nobody_compares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    its: Any = object()
+    survey = Survey(CONFIG, its, its, {})
+    learnt: list[NodeFacts] = []
+    monkeypatch.setattr(survey.publications, "learn", learnt.append)
+    before = survey.facts
+    asyncio.run(survey.node(others=False))
+    assert (survey.facts is before, learnt) == (True, [])
+    asyncio.run(survey.node())
+    assert learnt == [survey.facts] == [before]
+    monkeypatch.setattr("ctrport.survey.look", lambda *given: replace(survey._node))
+    asyncio.run(survey.node(others=False))
+    assert len(learnt) == 2
 
 
 class Chains:
