@@ -21,8 +21,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
@@ -51,9 +50,10 @@ from .api import (
 from .cgroups import cgroup_of
 from .events import warn_once
 from .lines import Failure
-from .model import ContainerKey, Live, Mapping, Role
+from .listed import Listed, as_listed, live_kept, with_task
+from .model import ContainerKey, Live, Mapping
 from .scheduling import late_threads
-from .stored import EXTENSION, SANDBOX, TYPE, annotation_of, live_of, role_of, value_of
+from .stored import EXTENSION, TYPE, value_of
 from .tally import Tally
 from .taskevents import TOPICS, TaskEvent, checked, task_event
 
@@ -87,9 +87,6 @@ CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", int(DEADLINE * 1000)),  # how long one try may take, in spite of its name
 )
 
-#: The states in which a task has its network, and with it its mappings, or gets it before it starts.
-_RUNNING = frozenset({task_pb2.CREATED, task_pb2.RUNNING, task_pb2.PAUSED, task_pb2.PAUSING})
-
 
 class ContainerdError(Failure):
     """containerd could not be asked, or did not do what it was asked: one sentence with the path of its socket."""
@@ -109,31 +106,6 @@ class NotFound(ContainerdError):
 
 class Refused(ContainerdError):
     """containerd, or the kernel before it, will not: waiting does not mend it."""
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A container with a task that was created, or is running, pausing or paused.
-
-    ``pid`` is its init process as containerd's PID namespace counts it. None: the task's shim did not tell its state
-    in time (containerd gives it 2 s), so whether it runs is not known, and what was known of it stands. ``annotation``
-    is the ports that an annotation of it, or of the pod whose sandbox it is, asks for; None too where nobody asked.
-    ``live`` is what the operator has it publish. ``runs`` is whether all that is so: else there is no such task.
-    ``cgroup`` is the one that its processes are to be in, in runc's words, where that was asked for. One that is
-    ``paused`` has its network and answers nobody. One that ``starts`` has a process that waits to be let go on, and may
-    have no network yet. ``role`` is what the CRI plugin has it for in a pod.
-    """
-
-    key: ContainerKey
-    pid: int | None
-    labels: MappingABC[str, str] = field(default_factory=dict, hash=False)
-    annotation: str | None = None
-    live: Live | None = None
-    runs: bool = True
-    cgroup: str = ""
-    paused: bool = False
-    starts: bool = False
-    role: Role | None = None
 
 
 class Containerd:
@@ -263,7 +235,8 @@ class Containerd:
         processes = await self._processes(namespace)
         listed = []
         async for container in self._stored(namespace):
-            found = _listed(ContainerKey(namespace, container.id), processes.get(container.id), container, annotations)
+            key = ContainerKey(namespace, container.id)
+            found = as_listed(key, processes.get(container.id), container, annotations)
             listed += [found] if found.runs or ended else []
         return sorted(listed, key=lambda found: found.key)
 
@@ -276,14 +249,14 @@ class Containerd:
         """
         if stored is not None:
             with contextlib.suppress(NotFound):
-                found = _with(stored, await self._process(key))
+                found = with_task(stored, await self._process(key))
                 return found if found.runs else None
             return None
         # Both at once, for each takes about a millisecond of the time in which the port is not open yet.
         asked = asyncio.ensure_future(self._container_of(key))
         try:
             process = await self._process(key)
-            found = _listed(key, process, await asked, annotations)
+            found = as_listed(key, process, await asked, annotations)
             return found if found.runs else None
         except NotFound:
             # Not cancelled, but let come to its end: a call that is cancelled costs memory that is never given back.
@@ -296,11 +269,11 @@ class Containerd:
     async def stored(self, key: ContainerKey, *, annotations: bool = False) -> Listed:
         """Return what containerd has stored of a container, whether it runs or not. Raises ``NotFound``."""
         container = await self._container_of(key)
-        return replace(_listed(key, None, container, annotations), cgroup=cgroup_of(container.spec.value))
+        return replace(as_listed(key, None, container, annotations), cgroup=cgroup_of(container.spec.value))
 
     async def live(self, key: ContainerKey) -> Live | None:
         """Return what is kept with a container of what the operator has it publish. Raises ``NotFound``."""
-        return _live(await self._container_of(key))
+        return live_kept(await self._container_of(key))
 
     async def keep_live(self, key: ContainerKey, mappings: Sequence[Mapping], revision: str) -> None:
         """Keep with a container what it is to publish, until it is deleted. Raises ``NotFound``; and ``ValueError``.
@@ -469,34 +442,6 @@ def rpc_error(address: str, code: grpc.StatusCode, details: str, deadline: float
     if code is grpc.StatusCode.NOT_FOUND:
         return NotFound(f"containerd at {address} has no such thing: {details}")
     return Refused(f"containerd at {address} refused the call: {details} ({code.name})")
-
-
-def _listed(
-    key: ContainerKey, process: task_pb2.Process | None, container: containers_pb2.Container, annotations: bool
-) -> Listed:
-    annotation = None
-    if annotations:
-        sandbox = container.extensions[SANDBOX].value if SANDBOX in container.extensions else None
-        annotation = annotation_of(container.spec.value, sandbox)
-    role = role_of(container.extensions)
-    return _with(Listed(key, None, dict(container.labels), annotation, _live(container), role=role), process)
-
-
-def _with(stored: Listed, process: task_pb2.Process | None) -> Listed:
-    """Return what is stored of a container with what is said of its task, if it has one."""
-    unknown = process is not None and process.status == task_pb2.UNKNOWN
-    runs = unknown or (process is not None and process.status in _RUNNING)
-    pid = process.pid if process is not None and runs and not unknown else None
-    status = None if process is None else process.status
-    starts, paused = status == task_pb2.CREATED, status == task_pb2.PAUSED
-    return replace(stored, pid=pid, runs=runs, starts=starts, paused=paused)
-
-
-def _live(container: containers_pb2.Container) -> Live | None:
-    if EXTENSION not in container.extensions:
-        return None
-    kept = container.extensions[EXTENSION]
-    return live_of(kept.type_url, kept.value)
 
 
 def _metadata(namespace: str) -> tuple[tuple[str, str], ...]:

@@ -15,14 +15,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, replace
 
-from . import hairpin, localnet
+from . import localnet
 from .connections import Counts
 from .firewall import AnyPlan, Firewall, FirewallError, Refused
 from .firewall.drift import Drift, combined
 from .flows import StaleFlows, closed, narrowed, opened, vacated
+from .hairpins import Hairpins
 from .holdings import Holdings
 from .hostports import Reservations
-from .model import Address, Attachment, ContainerKey, Family, Holder, Mapping, NodeFacts, PortRange, Publication
+from .model import Address, ContainerKey, Family, Holder, Mapping, NodeFacts, PortRange, Publication
 from .networks import isolation, rules_beside, rules_of
 from .owners import LocalnetRecord, owner_of
 from .publish import Change
@@ -90,8 +91,7 @@ class Dataplane:
         self._former: dict[str, Publication] = {}  # of those before, until the kernel has followed
         # Asked for None: one that holds no socket yet is empty, and so counts as False.
         self._holdings = Holdings(Reservations(0) if reservations is None else reservations)
-        self._behind: dict[str, set[str]] = {}  # by bridge port: who is published behind it
-        self._hairpins_ours: set[str] = set()
+        self._hairpins = Hairpins(self._complain)
         self._localnet_ours: dict[str, bool] = {}
         self._flows = StaleFlows(self._complain, self._tally)
         self.complaint = ""
@@ -103,7 +103,7 @@ class Dataplane:
         """Take over what another one has brought about with the same reservations, to go on from there."""
         self._former = before._former | before._active
         self._holdings.succeed(before._holdings, before._active)
-        self._hairpins_ours = set(before._hairpins_ours)
+        self._hairpins.succeed(before._hairpins)
         self.complaint = before.complaint
         self._flows.succeed(before._flows)
         self.transactions = before.transactions
@@ -191,7 +191,7 @@ class Dataplane:
         except Refused as error:
             log.info("%s; looking at what is there", error)
             return False
-        self._switch_hairpins(self._hairpins_due(active))  # behind the rules: who calls from elsewhere is served
+        self._hairpins.switch(self._hairpins.due(active))  # behind the rules: who calls from elsewhere is served
         self.in_line = True
         return True
 
@@ -231,7 +231,7 @@ class Dataplane:
             except Refused:
                 if not left:
                     raise
-        self._switch_hairpins(transition.hairpin_on)
+        self._hairpins.switch(transition.hairpin_on)
         self.in_line = True
         restored = dict.fromkeys(rule.owner for _, plan in plans for rule in plan.added)
         self._flows.touch(opened(self._active[its] for its in restored if its in self._active))
@@ -262,7 +262,7 @@ class Dataplane:
             del self._localnet_ours[device]  # an earlier run's: its record goes with its rule
         off = [record.device for record in left_over.values() if record.ours and record.device not in needed]
         on = [record.device for record in wanted if not _is_on(record.device)]
-        return Transition(plans, off, on, self._hairpins_due(self._active.values()))
+        return Transition(plans, off, on, self._hairpins.due(self._active.values()))
 
     @property
     def held_ports(self) -> tuple[int, int]:
@@ -362,40 +362,6 @@ class Dataplane:
         finally:
             self._tally.writes[family].observe(time.monotonic() - began)
 
-    def _hairpins_due(self, publications: Iterable[Publication]) -> list[str]:
-        """Return the bridge ports that lack the hairpin mode by which a container reaches its own published port."""
-        ports: dict[str, None] = {}  # a container can have thousands of mappings behind one port
-        needed: dict[tuple[str, Family], bool] = {}
-        for attachment in (each for publication in publications for each in _bridged(publication)):
-            assert attachment.port is not None
-            key = (attachment.device, Family.of(attachment.address))
-            try:
-                if key not in needed:
-                    needed[key] = hairpin.is_needed(*key)
-            except OSError as error:
-                self._complain(f"whether {attachment.device} needs hairpin mode cannot be told: {error.strerror}")
-                needed[key] = False
-            if needed[key]:
-                ports[attachment.port] = None
-        try:
-            return hairpin.lacking(ports)
-        except OSError as error:
-            self._complain(f"the hairpin mode of {' and '.join(list(ports)[:2])} cannot be told: {error.strerror}")
-            return []
-
-    def _switch_hairpins(self, on: Sequence[str]) -> None:
-        off = [port for port in self._hairpins_ours if port not in self._behind]
-        for port in (*off, *on):
-            try:
-                switched = hairpin.switch(port, port in on)
-            except OSError as error:
-                self._complain(f"the hairpin mode of {port} cannot be switched: {error.strerror}")
-                continue  # one of ours stays ours, to be switched off with the next write
-            if port not in on:
-                self._hairpins_ours.discard(port)
-            elif switched:
-                self._hairpins_ours.add(port)
-
     def _complain(self, complaint: str) -> None:
         """Say what could not be done though the rules are right; not twice in a row."""
         if complaint and complaint != self.complaint:
@@ -415,17 +381,13 @@ class Dataplane:
                 old += self._rules(before)
                 self._active.pop(its)
                 self._holdings.vacate(its)
-                for port in {attachment.port or "" for attachment in _bridged(before)}:
-                    self._behind[port].discard(its)
-                    if not self._behind[port]:
-                        del self._behind[port]
+                self._hairpins.go(before)
                 self._flows.touch(closed(before, change.after))
         for after in (change.after for change in changes):
             if after is not None and after.attachments:
                 new += self._rules(after)
                 self._active[owner_of(after)] = after
-                for attachment in _bridged(after):
-                    self._behind.setdefault(attachment.port or "", set()).add(owner_of(after))
+                self._hairpins.come(after)
                 self._flows.touch(opened([after]))
         difference = self._wanted.replace(old, new)
         for record in _records(difference.removed):
@@ -504,14 +466,6 @@ def _errors(device: str, done: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FirewallError(f"route_localnet of {device} cannot be {done}: {error.strerror}") from error
-
-
-def _bridged(publication: Publication) -> list[Attachment]:
-    """Return the attachments that a container may call from behind a bridge port, by its own published port."""
-    host_ip = publication.bound.host_ip if publication.bound is not None else None
-    if host_ip is not None and host_ip.is_loopback:
-        return []
-    return [attachment for attachment in publication.attachments if attachment.port is not None]
 
 
 def _records(rules: Iterable[Rule]) -> list[LocalnetRecord]:

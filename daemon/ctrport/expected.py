@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 from . import endpoints
 from .cgroups import is_in
-from .containerd import Containerd, ContainerdError, Listed
+from .containerd import Containerd, ContainerdError
 from .endpoints import Endpoints, Gone
+from .listed import Listed
 from .model import ContainerKey, Endpoint
 from .pods import Running
 from .taskevents import CREATED, DELETED, TASK_CREATED, UPDATED, TaskEvent

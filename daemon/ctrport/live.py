@@ -20,7 +20,8 @@ from pathlib import Path
 from . import amend, ports, status
 from .amend import Elsewhere
 from .config import Config
-from .containerd import Containerd, ContainerdError, Listed, NotFound
+from .containerd import Containerd, ContainerdError, NotFound
+from .listed import Listed
 from .model import Container, ContainerKey, Live, Mapping, Role, State
 from .named import Named, NoSuch, find
 from .pods import Pods, Running

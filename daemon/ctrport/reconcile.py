@@ -14,7 +14,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from . import netlink, systemd
@@ -25,10 +25,11 @@ from .connections import Counts
 from .containerd import Containerd, ContainerdError
 from .dataplane import Dataplane
 from .events import Event
-from .firewall import Firewall, FirewallError
+from .firewall import FirewallError
 from .firewall.alarm import Alarm
 from .firewall.drift import Drift
-from .model import ContainerKey, Family, Holder, Publication
+from .ground import Ground, Prepare
+from .model import ContainerKey, Holder, Publication
 from .pace import Backoff, Pace
 from .publish import Change
 from .reload import Reload
@@ -54,28 +55,6 @@ MOST_TICKS_TO_RESYNC, RESYNC_IN_TICK = 60, 0.0025
 BURST, INTERVAL = 10, 0.25
 #: Seconds until a write that failed is tried again; doubled each time, up to TICK.
 RETRY = 1.0
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What a configuration is carried out with: the tables of each family, and who tells when others write there.
-
-    ``reserve_limit`` is how many host ports may be held by sockets.
-    """
-
-    firewalls: Mapping[Family, Firewall]
-    dataplane: Dataplane
-    alarm: Alarm | None
-    reserve_limit: int
-
-    async def close(self) -> None:
-        """Give up what it holds, but no rules and no host ports."""
-        if self.alarm is not None:
-            self.alarm.close()
-        await self.dataplane.close()
-
-
-Prepare = Callable[[Config], Awaitable[Ground]]
 
 
 @dataclass(frozen=True)

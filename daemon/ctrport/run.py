@@ -25,11 +25,12 @@ from .firewall.alarm import Alarm, LegacyAlarm, NftAlarm
 from .firewall.backends import every_firewall, firewalls, others_than
 from .firewall.detect import choose
 from .firewall.iptables_legacy import LegacyTables
+from .ground import Ground
 from .hostports import Reservations
 from .listen import Listen
 from .model import Family
 from .portsockets import allow_sockets, inheritable_sockets
-from .reconcile import Ground, Reconciler
+from .reconcile import Reconciler
 from .rules import Layout, Place, gates
 from .survey import Survey
 from .tally import Tally

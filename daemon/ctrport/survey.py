@@ -15,11 +15,12 @@ from typing import TypeVar
 
 from . import endpoints, nftports, nodeports
 from .config import DOCKERD_NAMESPACE, Config
-from .containerd import Containerd, Listed, Refused
+from .containerd import Containerd, Refused
 from .endpoints import Endpoints, Gone
 from .events import warn_once
 from .expected import Expected, running_as
 from .firewall import Firewall, FirewallError
+from .listed import Listed
 from .model import Candidate, Container, ContainerKey, Endpoint, Family, Holder, NodeFacts, Obstacle, State
 from .node import look
 from .pods import Pods, Running

@@ -23,11 +23,11 @@ from ctrport.containerd import (
     SLACK,
     Containerd,
     ContainerdError,
-    Listed,
     NotFound,
     Unavailable,
     Unresponsive,
 )
+from ctrport.listed import Listed
 from ctrport.model import ContainerKey
 from ctrport.taskevents import TaskEvent
 from embedded.container import Container

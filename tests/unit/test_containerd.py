@@ -23,7 +23,6 @@ from ctrport import containerd
 from ctrport.api import containers_pb2, events_pb2, payloads_pb2, task_pb2, tasks_pb2
 from ctrport.containerd import (
     Containerd,
-    Listed,
     NotFound,
     Refused,
     Unavailable,
@@ -31,6 +30,7 @@ from ctrport.containerd import (
     rpc_error,
 )
 from ctrport.events import warn_once
+from ctrport.listed import Listed
 from ctrport.model import ContainerKey, Role
 from ctrport.stored import IN_POD
 from ctrport.tally import Tally

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from ctrport import endpoints
-from ctrport.containerd import Listed, NotFound
+from ctrport.containerd import NotFound
 from ctrport.endpoints import Gone
 from ctrport.expected import MOST, MOST_ASKED, TRIES, Expected
+from ctrport.listed import Listed
 from ctrport.model import Attachment, ContainerKey, Endpoint, Obstacle, State
 from ctrport.pods import Running
 from ctrport.taskevents import CREATED, DELETED, TASK_CREATED, UPDATED, TaskEvent

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from ctrport import containerd, logs, status, systemd, taskevents, terminal
+from ctrport import logs, status, systemd, taskevents, terminal
 from ctrport.api import containers_pb2, payloads_pb2, task_pb2
 from ctrport.chronicle import _subject
 from ctrport.endpoints import Address6, addresses6, default_devices6, routes
@@ -27,6 +27,7 @@ from ctrport.firewall import text
 from ctrport.firewall.drift import Drift
 from ctrport.firewall.entries import commit, from_json, to_json
 from ctrport.firewall.plan import Line, Plan, plan_all
+from ctrport.listed import Listed, as_listed
 from ctrport.listeners import printable
 from ctrport.model import (
     DEVICE_NAME,
@@ -103,7 +104,7 @@ strangers = st.lists(
 )
 
 
-def listed(stranger: Stranger) -> containerd.Listed | None:
+def listed(stranger: Stranger) -> Listed | None:
     """Bring a container the way that events and lists bring it."""
     started: Message = payloads_pb2.TaskStart(container_id=stranger.id, pid=7)
     event = taskevents.task_event(envelope("/tasks/start", started, namespace=stranger.namespace))
@@ -112,7 +113,7 @@ def listed(stranger: Stranger) -> containerd.Listed | None:
         stored.extensions[SANDBOX if stranger.role is Role.SANDBOX else IN_POD].value = b"{}"
     if event is None or not taskevents.checked(stored.id, "container id"):
         return None
-    return containerd._listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
+    return as_listed(event.key, task_pb2.Process(pid=7, status=task_pb2.RUNNING), stored, True)
 
 
 @pytest.mark.parametrize("role", [None, *Role])
@@ -171,7 +172,7 @@ def operations(written: str) -> list[tuple[str, ...]]:
     return read
 
 
-def tame(found: list[containerd.Listed], netns: list[int]) -> list[Found]:
+def tame(found: list[Listed], netns: list[int]) -> list[Found]:
     """Return the same containers under names as they should be: what is equal stays equal."""
     uids: dict[str, str] = {}
     namespaces: dict[str, str] = {}

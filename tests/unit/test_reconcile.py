@@ -18,16 +18,18 @@ import pytest
 from ctrport import conntrack, nftports, nodeports, reconcile, survey
 from ctrport.account import NOT_CONNECTED
 from ctrport.config import Config, parse
-from ctrport.containerd import Listed, Unresponsive
+from ctrport.containerd import Unresponsive
 from ctrport.dataplane import Dataplane
 from ctrport.firewall import FirewallError, ForeignChain, ForeignTable
 from ctrport.firewall import Unusable as Unusable_
 from ctrport.firewall.fake import MemoryKernel
 from ctrport.firewall.tables import Tables
+from ctrport.ground import Ground
 from ctrport.hostports import Claim, Reservations
+from ctrport.listed import Listed
 from ctrport.model import ContainerKey, Endpoint, Family
 from ctrport.node import look
-from ctrport.reconcile import TICK, Ground, Reconciler, ticks_to_resync
+from ctrport.reconcile import TICK, Reconciler, ticks_to_resync
 from ctrport.reload import WAITS
 from ctrport.rules import Layout, Table
 from ctrport.status import PublicationStatus

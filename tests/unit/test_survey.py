@@ -14,10 +14,10 @@ import pytest
 
 from ctrport import config, endpoints, nodeports, ports
 from ctrport.config import Config
-from ctrport.containerd import Listed
 from ctrport.endpoints import LOOPBACK_ONLY
 from ctrport.expected import _Known
 from ctrport.firewall import FirewallError
+from ctrport.listed import Listed
 from ctrport.model import (
     Attachment,
     Candidate,

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
-from ..containerd import Listed
 from ..endpoints import Gone, addresses6, local_addresses, netns, read, read_if_any
+from ..listed import Listed
 from ..listeners import parse, printable
 from ..model import Address, Protocol
 from ..pods import POD_NAME, POD_NAMESPACE

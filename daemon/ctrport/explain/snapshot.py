@@ -12,8 +12,9 @@ from pathlib import Path
 
 from .. import conntrack, hairpin, ports, status
 from ..config import Config
-from ..containerd import Containerd, ContainerdError, Listed
+from ..containerd import Containerd, ContainerdError
 from ..endpoints import Endpoints, Gone
+from ..listed import Listed
 from ..listeners import entries, holder
 from ..model import Access, Address, ContainerKey, Endpoint, Family, PortRange, Protocol
 from ..netlink import KINDS, Netlink
