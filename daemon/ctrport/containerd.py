@@ -20,6 +20,7 @@ import errno
 import logging
 import os
 import secrets
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -78,6 +79,8 @@ MARK_PAUSES = (0.002, 0.5)
 #: They look some twenty times a second whether there is something to do, and mostly there is nothing, which takes
 #: 0.08 % of a core, and 0.03 this way. No option of gRPC's calms them. What containerd sends wakes them at once.
 SLACK = 0.5
+#: Seconds that containerd has for the call before that.
+FIRST_DEADLINE = 0.2
 
 CHANNEL_OPTIONS = (
     ("grpc.default_authority", "localhost"),  # else it is the path, percent-encoded
@@ -118,13 +121,19 @@ class Containerd:
 
     _channel: grpc.aio.Channel
 
-    def __init__(self, address: str, tally: Tally | None = None) -> None:
-        """``address`` is the path of containerd's unix socket; it need not be there yet. ``tally`` has what fails."""
+    def __init__(self, address: str, tally: Tally | None = None, *, lasting: bool = False) -> None:
+        """``address`` is the path of containerd's unix socket; it need not be there yet. ``tally`` has what fails.
+
+        A ``lasting`` connection is held for days, and takes as little as it can while nothing happens.
+        """
         self.address = address
         self._tally = Tally() if tally is None else tally
+        self._lasting = lasting
 
     async def __aenter__(self) -> Containerd:
-        with late_threads(SLACK):
+        if self._lasting:
+            await _call_once(self.address)
+        with late_threads(SLACK) if self._lasting else contextlib.nullcontext():
             channel = grpc.aio.insecure_channel(f"unix:{quote(self.address)}", options=CHANNEL_OPTIONS)
         self._channel = channel
         # The generated stubs are untyped; each method gets its type here, once.
@@ -377,6 +386,24 @@ class Containerd:
         if response is None:
             raise Refused(f"containerd at {self.address} sent an answer that cannot be decoded")
         return response
+
+
+async def _call_once(address: str) -> None:
+    """Have gRPC do what it does once in a process, over a connection whose threads end with it.
+
+    When one of its threads has to wait for another for the first time it measures the processor's clock, by two short
+    sleeps. In a thread that is woken late they last a second, and the call with them. Where nobody listens yet that is
+    so later: a connection that failed leaves its threads behind.
+    """
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as there:
+            there.setblocking(False)
+            there.connect(address)
+    except (OSError, ValueError):
+        return
+    with contextlib.suppress(ContainerdError):
+        async with Containerd(address) as first:
+            await first._call(first._version, Empty(), deadline=FIRST_DEADLINE)
 
 
 class _Events(AsyncIterator[TaskEvent]):

@@ -125,7 +125,7 @@ async def _run(config: Config, path: str, directory: Path, lock: status.Lock) ->
         changed.set()
         changed_for_metrics.set()
 
-    async with Containerd(config.containerd.address, tally) as containerd, Endpoints() as endpoints:
+    async with Containerd(config.containerd.address, tally, lasting=True) as containerd, Endpoints() as endpoints:
         ground = await prepare(config)
         ground.dataplane.hold_at_most(ground.reserve_limit)
         survey = Survey(config, containerd, endpoints, ground.firewalls)
