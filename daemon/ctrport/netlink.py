@@ -288,37 +288,35 @@ async def address_changes() -> AsyncIterator[int | None]:
     Those of a link alone (fe80::) do not count: every veth has one, and comes and goes with its container. In our own
     a tentative one, which others may have (duplicate address detection), comes when it is found to be free.
     """
+    ready = asyncio.Event()
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as listener:
         with contextlib.suppress(PermissionError):
             listener.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
         listener.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
         listener.setblocking(False)
-        while True:
-            await _readable(loop, listener)
-            try:
-                said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
-                    raise
-                yield None
-            else:
-                # Without such a word it is our own.
-                nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
-                if _tells_of_change(said) if nsid is None else _tells_of_new(said):
-                    yield nsid
-
-
-async def _readable(loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
-    # asyncio has no recvmsg().
-    ready = asyncio.Event()
-    loop.add_reader(listener, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(listener)
+        # Once, and by its number: to tell it anew each time, as asyncio does, takes longer than to read what came.
+        number = listener.fileno()
+        loop.add_reader(number, ready.set)
+        try:
+            while True:
+                await ready.wait()
+                try:
+                    said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
+                except BlockingIOError:
+                    ready.clear()
+                    continue
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
+                        raise
+                    yield None
+                else:
+                    # Without such a word it is our own.
+                    nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
+                    if _tells_of_change(said) if nsid is None else _tells_of_new(said):
+                        yield nsid
+        finally:
+            loop.remove_reader(number)
 
 
 def _tells_of_change(said: bytes) -> bool:
