@@ -115,10 +115,12 @@ class Expected:
         known = self._known.get(key)
         return None if known is None else known.stored
 
-    def process(self, key: ContainerKey) -> int | None:
-        """Return the process that a container is said to start as."""
+    def about_to_start(self, key: ContainerKey) -> tuple[Running, Endpoint] | None:
+        """Return one that was ``ready``, as it was found; None where it may be something else by now."""
         known = self._known.get(key)
-        return None if known is None else known.pid
+        if known is None or known.running is None or known.endpoint is None:
+            return None
+        return replace(known.running, starts=True), known.endpoint
 
     def started(self, key: ContainerKey, pid: int) -> tuple[Running, Endpoint | None] | None:
         """Return the container that is said to have started as this process, and where it was, if that is known.

@@ -172,10 +172,9 @@ class Survey:
         self._ahead.clear()
         ready, self._expected.ready = self._expected.ready, {}
         for key in ready.keys() - seen.keys():
-            pid = self._expected.process(key)
-            found = self._expected.started(key, pid) if pid is not None else None
-            if found is not None:
-                touched |= self._foreseen(key, replace(found[0], starts=True), found[1])
+            near = self._expected.about_to_start(key)
+            if near is not None:
+                touched |= self._foreseen(key, *near)
                 foreseen.add(key)
         for key, pid in seen.items():
             found, process = self._expected.started(key, pid) if pid is not None else None, self._pods.process(key)
