@@ -164,26 +164,28 @@ class Endpoints:
 
     async def __aenter__(self) -> Endpoints:
         self._netlink = Netlink()
+        self._own = netns(os.getpid())
         return self
 
     async def __aexit__(self, *exception: object) -> None:
         self._netlink.close()
 
     def heard_of(self, pid: int) -> int | None:
-        """Return the id under which ``netlink.address_changes`` tells of a process's network; None for the host's own.
+        """Return the id under which ``netlink.follow_addresses`` tells of a process's network; None for the host's own.
 
         Raises ``Gone`` and ``OSError``.
         """
-        return None if netns(pid) == netns(os.getpid()) else self._netlink.nsid(pid)
+        return None if netns(pid) == self._own else self._netlink.nsid(pid)
 
-    def find(self, pid: int) -> Endpoint | Obstacle:
+    def find(self, pid: int, nsid: int | None = None) -> Endpoint | Obstacle:
         """Return where the container of process ``pid`` is reached, or why it cannot be. Raises ``Gone``.
 
-        A family that it has no address of, or cannot be reached in, does not keep the other from being found.
+        ``nsid`` is the id that its network namespace has in ours, where that is known. A family that it has no address
+        of, or cannot be reached in, does not keep the other from being found.
         """
-        if netns(pid) == netns(os.getpid()):
+        if netns(pid) == self._own:
             return HOST_NETWORK
-        look = _Look(self._netlink, pid)
+        look = _Look(self._netlink, pid, nsid)
         found: list[Attachment | Obstacle] = []
         addresses = local_addresses(read(f"/proc/{pid}/net/fib_trie"))
         chosen = choose(addresses, routes(read(f"/proc/{pid}/net/route")))
@@ -218,9 +220,10 @@ class Endpoints:
 class _Look:
     """One look at one container. What both of its families need to know is asked for once."""
 
-    def __init__(self, netlink: Netlink, pid: int) -> None:
+    def __init__(self, netlink: Netlink, pid: int, nsid: int | None) -> None:
         self._netlink = netlink
         self._pid = pid
+        self._nsid = nsid
         self._links: dict[int, Link] = {}
         self._host_sides: dict[str, Link | Obstacle] = {}
 
@@ -272,7 +275,7 @@ class _Look:
         inside = None
         elsewhere = Obstacle(State.UNSUPPORTED, f"the other end of its {device} is not on this host")
         try:
-            nsid = self._netlink.nsid(self._pid)
+            nsid = self._netlink.nsid(self._pid) if self._nsid is None else self._nsid
             inside = self._netlink.link(name=device, nsid=nsid)
             if inside.kind != "veth" or inside.peer is None:
                 kind = inside.kind or "physical"

@@ -184,7 +184,7 @@ class Expected:
                 return
             if known.nsid is None:
                 known.nsid = self._endpoints.heard_of(known.pid)  # before the look, so that nothing falls between
-            found = self._endpoints.find(known.pid)
+            found = self._endpoints.find(known.pid, known.nsid)
             if isinstance(found, Endpoint):
                 if found != known.endpoint:
                     known.endpoint = found

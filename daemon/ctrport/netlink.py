@@ -14,7 +14,7 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import (
     IPv4Address,
@@ -279,8 +279,8 @@ class Netlink(Conversation):
         return found
 
 
-async def address_changes() -> AsyncIterator[int | None]:
-    """Yield whenever an address of this network namespace came or went: None. Raises ``OSError``.
+async def follow_addresses(tell: Callable[[int | None], None]) -> None:
+    """Tell whenever an address of this network namespace came or went: None. Raises ``OSError``, and what that raises.
 
     And where one came in another, the id that this has in ours (see ``Netlink.nsid``), as long as it has one: of all
     those the kernel tells who asks so and has CAP_NET_BROADCAST.
@@ -288,35 +288,46 @@ async def address_changes() -> AsyncIterator[int | None]:
     Those of a link alone (fe80::) do not count: every veth has one, and comes and goes with its container. In our own
     a tentative one, which others may have (duplicate address detection), comes when it is found to be free.
     """
-    ready = asyncio.Event()
     loop = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = loop.create_future()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as listener:
         with contextlib.suppress(PermissionError):
             listener.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
         listener.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
         listener.setblocking(False)
+
+        def read() -> None:
+            # Here and not in a task: a container's port waits for it, and each turn of the event loop takes its time.
+            try:
+                _tell_all(listener, tell)
+            except Exception as error:
+                if not ended.done():
+                    ended.set_exception(error)
+
         # Once, and by its number: to tell it anew each time, as asyncio does, takes longer than to read what came.
         number = listener.fileno()
-        loop.add_reader(number, ready.set)
+        loop.add_reader(number, read)
         try:
-            while True:
-                await ready.wait()
-                try:
-                    said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
-                except BlockingIOError:
-                    ready.clear()
-                    continue
-                except OSError as error:
-                    if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
-                        raise
-                    yield None
-                else:
-                    # Without such a word it is our own.
-                    nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
-                    if _tells_of_change(said) if nsid is None else _tells_of_new(said):
-                        yield nsid
+            await ended
         finally:
             loop.remove_reader(number)
+
+
+def _tell_all(listener: socket.socket, tell: Callable[[int | None], None]) -> None:
+    while True:
+        try:
+            said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
+                raise
+            tell(None)
+            continue
+        # Without such a word it is our own.
+        nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
+        if _tells_of_change(said) if nsid is None else _tells_of_new(said):
+            tell(nsid)
 
 
 def _tells_of_change(said: bytes) -> bool:

@@ -244,12 +244,14 @@ class Reconciler:
                 await asyncio.sleep(self._cannot_look(error))
 
     async def _watch_node(self) -> None:
+        def changed(nsid: int | None) -> None:
+            self._survey.network_changed(nsid)
+            if nsid is None:
+                self._node_changed = True
+                self._wake.set()
+
         try:
-            async for nsid in netlink.address_changes():
-                self._survey.network_changed(nsid)
-                if nsid is None:
-                    self._node_changed = True
-                    self._wake.set()
+            await netlink.follow_addresses(changed)
         except OSError as error:
             log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
 

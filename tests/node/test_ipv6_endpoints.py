@@ -251,11 +251,13 @@ from ctrport import netlink, node
 
 async def follow():
     print("ready", flush=True)
-    async for nsid in netlink.address_changes():
-        if nsid is None:
-            print(*sorted(map(str, node.look().facts.addresses)), flush=True)
-        else:
-            print("elsewhere", nsid, flush=True)
+    await netlink.follow_addresses(tell)
+
+def tell(nsid):
+    if nsid is None:
+        print(*sorted(map(str, node.look().facts.addresses)), flush=True)
+    else:
+        print("elsewhere", nsid, flush=True)
 
 asyncio.run(follow())
 """

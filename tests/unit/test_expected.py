@@ -60,7 +60,7 @@ class Node:
         self._process(pid)
         return self.netns
 
-    def find(self, pid: int) -> Endpoint | Obstacle:
+    def find(self, pid: int, nsid: int | None = None) -> Endpoint | Obstacle:
         self._process(pid)
         self.found += 1
         return self.endpoint

@@ -46,7 +46,7 @@ class Finder:
     def heard_of(self, pid: int) -> int:
         return 7
 
-    def find(self, pid: int) -> Endpoint | Obstacle:
+    def find(self, pid: int, nsid: int | None = None) -> Endpoint | Obstacle:
         self._asked.append(f"find {pid}")
         if not self.there:
             return Obstacle(State.WAITING, "it has no address")
@@ -284,7 +284,7 @@ class Growing:
         monkeypatch.setattr(self.survey, "node", node)
         self.resync()
 
-    def find(self, pid: int) -> Endpoint | Obstacle:
+    def find(self, pid: int, nsid: int | None = None) -> Endpoint | Obstacle:
         self.finds += 1
         return worlds.endpoint(*self.at) if self.at else LOOPBACK_ONLY
 
