@@ -178,10 +178,11 @@ class Expected:
             return
         known.tries += 1
         with contextlib.suppress(OSError, Gone):  # then at the start
-            known.running = known.running or _running(known.stored, known.pid)
-            if known.running is None or not self._matters(known.running):
-                known.tries = TRIES
-                return
+            if known.running is None:
+                known.running = _running(known.stored, known.pid)
+                if known.running is None or not self._matters(known.running):
+                    known.tries = TRIES
+                    return
             if known.nsid is None:
                 known.nsid = self._endpoints.heard_of(known.pid)  # before the look, so that nothing falls between
             found = self._endpoints.find(known.pid, known.nsid)
