@@ -16,7 +16,6 @@ that there is no moment at which another process could bind the port. What such 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import socket
@@ -256,8 +255,7 @@ class Reservations:
         self._gone(gone)
 
     def _gone(self, sockets: Mapping[Cell, socket.socket]) -> None:
-        for one in sockets.values():
-            one.close()
+        _close(sockets)
         if self._store.remove(sockets):
             self._leaving.update((cell.protocol, cell.port) for cell in sockets)
 
@@ -266,20 +264,19 @@ class Reservations:
         others = _Others(claim)
         if not keep:
             return {}, self._check(cells, others, f"firewall.reserve_limit ({self.limit}) is reached")
-        with contextlib.ExitStack() as undo:
-            bound, remarks = dict[Cell, socket.socket](), dict[str, None]()
-            try:
-                for cell in cells:
-                    try:
-                        bound[cell] = self._bind(cell, others)
-                    except _NotReserved as why:
-                        remarks[str(why)] = None
-                    else:
-                        undo.callback(bound[cell].close)
-            except _NoFilesLeft as why:
-                undo.close()  # or there is not even one to look with
-                return {}, self._check(cells, others, str(why))
-            undo.pop_all()
+        bound, remarks = dict[Cell, socket.socket](), dict[str, None]()
+        try:
+            for cell in cells:
+                try:
+                    bound[cell] = self._bind(cell, others)
+                except _NotReserved as why:
+                    remarks[str(why)] = None
+        except _NoFilesLeft as why:
+            _close(bound)  # or there is not even one to look with
+            return {}, self._check(cells, others, str(why))
+        except BaseException:
+            _close(bound)
+            raise
         return bound, _sentence(remarks)
 
     def _check(self, cells: list[Cell], others: _Others, why: str) -> str:
@@ -372,6 +369,11 @@ class _Others:
         """Return what to call the process that has these connections; only of the first ones, as that is slow too."""
         asked, self._asked = self._asked, True
         return UNKNOWN if asked else holder(inodes, name_container)
+
+
+def _close(sockets: Mapping[Cell, socket.socket]) -> None:
+    for one in sockets.values():
+        one.close()
 
 
 def _cells(claim: Claim) -> Iterator[Cell]:
