@@ -3,8 +3,8 @@
     python -m bench.sampled FILE run --config ...
 
 Where it waits, it is said what for: a look is at the loop that follows the events (its chain of awaits), and at what
-runs meanwhile. What was seen is in FILE when the daemon has ended: a JSON object with the number of ``ways`` and, by
-stack, outermost first, the milliseconds that all of them together were there.
+runs meanwhile. What was seen is in FILE when the daemon has ended: a JSON list of the ways, and of each the stacks,
+outermost first, with the milliseconds that it was there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Stack = tuple[CodeType | str, ...]
 
 
 class Sampler:
-    """Sums up where the daemon is on the way from one to the other, and writes it to ``path`` at the end."""
+    """Notes where the daemon is on the way from one to the other, and writes it to ``path`` at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -46,9 +46,9 @@ class Sampler:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._began: float | None = None  # of the way that is being looked at
         self._last = 0.0
+        self._looking = False
         self._seen: dict[Stack, float] = {}  # of that way, in seconds
-        self._total: dict[Stack, float] = {}
-        self._ways = 0
+        self._ways: list[dict[Stack, float]] = []
 
     def start(self) -> None:
         """Begin to look at the current task."""
@@ -67,22 +67,25 @@ class Sampler:
         began, self._began = self._began, None  # so that no look comes in between
         if began is not None:
             self._add(self._seen, self._stack(sys._getframe(1)), time.monotonic() - self._last)
-            for stack, seconds in self._seen.items():
-                self._add(self._total, stack, seconds)
-            self._ways += 1
+            self._ways.append(self._seen)
 
     def write(self) -> None:
         """Look no more, and write what was seen."""
         signal.setitimer(signal.ITIMER_REAL, 0)
-        stacks = [([_name(place) for place in stack], seconds * 1000) for stack, seconds in self._total.items()]
-        self._path.write_text(json.dumps({"ways": self._ways, "stacks": stacks}))
+        ways = [
+            [([_name(place) for place in stack], seconds * 1000) for stack, seconds in way.items()]
+            for way in self._ways
+        ]
+        self._path.write_text(json.dumps(ways))
 
     def _look(self, number: int, frame: FrameType | None) -> None:
-        if self._began is None or self._task is None:
+        if self._began is None or self._task is None or self._looking:
             return
+        self._looking = True  # the next signal may come meanwhile, and what it would see is this look
         took = time.monotonic() - self._last
         self._add(self._seen, self._stack(frame), took)
         self._last = time.monotonic()  # anew, as looking is no part of the way
+        self._looking = False
 
     @staticmethod
     def _add(to: dict[Stack, float], stack: Stack, seconds: float) -> None:
