@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -143,20 +144,27 @@ class Gate:
         self._node.path("/run/gate-open").write_text("no" if refusing else "")
 
 
-def rules(node: Node) -> list[str]:
-    return sorted(line for line in node.run("iptables-save").stdout.splitlines() if "ctrport:" in line)
+def of_web(node: Node) -> list[str]:
+    """Return the rules that are of a mapping of ``web``."""
+    return [line for line in node.run("iptables-save").stdout.splitlines() if '"ctrport default/web ' in line]
+
+
+@contextlib.contextmanager
+def halted(node: Node, ctrport: Ctrport, *, before_network: bool = False) -> Iterator[tuple[Gate, Future[Container]]]:
+    """Have the daemon publish ``web``, which is being started and waits at the gate; wait for that at the end."""
+    ctrport.configure(publish(("{container: web}", "8080:80")))
+    ctrport.start()
+    gate = Gate(node, before_network=before_network)
+    with ThreadPoolExecutor(1) as threads:
+        yield gate, threads.submit(node.start, "web")
 
 
 def test_a_port_is_open_before_the_first_process_of_its_container_begins(node: Node, ctrport: Ctrport) -> None:
-    ctrport.configure(publish(("{container: web}", "8080:80")))
-    ctrport.start()
-    gate = Gate(node)
-    before = rules(node)
-    with ThreadPoolExecutor(1) as threads:
-        start = threads.submit(node.start, "web")
+    with halted(node, ctrport) as (gate, start):
         web = gate.waiting(start)
         with Server(web, 80):
             wait_open(node, 8080, "web")
+            assert of_web(node)
             assert ctrport.wait_for("8080:80/tcp", "active")["container"] == "web"
             ctrport.stop()  # and one that starts meanwhile sees it as it is
             ctrport.start()
@@ -174,33 +182,27 @@ def test_a_port_is_open_before_the_first_process_of_its_container_begins(node: N
     eventually(lambda: ctrport.transactions > transactions, what="the end being told")
     assert ctrport.transactions == transactions + 1  # by the end: the start changed nothing any more
     assert ctrport.messages.count("published container=default/web") == 2  # by each of the two daemons
-    eventually(lambda: rules(node) == before, what="the rules as they were")
+    eventually(lambda: not of_web(node), what="the rules being gone")
 
 
 def test_a_container_that_is_not_started_after_all_has_no_port(node: Node, ctrport: Ctrport) -> None:
-    ctrport.configure(publish(("{container: web}", "8080:80")))
-    ctrport.start()
-    gate = Gate(node)
-    before = rules(node)
-    with ThreadPoolExecutor(1) as threads:
-        start = threads.submit(node.start, "web")
+    with halted(node, ctrport) as (gate, start):
         web = gate.waiting(start)
         with Server(web, 80):
             wait_open(node, 8080, "web")
         web.close()
+        assert of_web(node)
         gate.open(refusing=True)
         with pytest.raises(CommandError, match="there is no way"):
             start.result()
+    node.run("ctr", "task", "delete", "--force", "web", check=False)  # which ctr leaves as it was
     wait_closed(node, 8080)
-    eventually(lambda: rules(node) == before, what="the rules as they were")
+    eventually(lambda: not of_web(node), what="the rules being gone")
+    assert "withdrawn container=default/web" in ctrport.messages
 
 
 def test_nothing_is_said_of_what_has_no_network_before_it_starts(node: Node, ctrport: Ctrport) -> None:
-    ctrport.configure(publish(("{container: web}", "8080:80")))
-    ctrport.start()
-    gate = Gate(node, before_network=True)
-    with ThreadPoolExecutor(1) as threads:
-        start = threads.submit(node.start, "web")
+    with halted(node, ctrport, before_network=True) as (gate, start):
         gate.waiting(start).close()
         ctrport.stop()
         ctrport.start()  # with this as well it looks at what is listed

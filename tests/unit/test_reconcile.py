@@ -168,7 +168,27 @@ class Sockets(Reservations):
         return self.remark
 
 
-class Node:
+class Mute:
+    """A containerd that tells its version and takes subscriptions at once, and has yet to list anything."""
+
+    address = "/run/containerd/containerd.sock"
+
+    async def connected(self, tried: object) -> None:
+        pass
+
+    async def version(self) -> str:
+        return "1.6.20"
+
+    @contextlib.asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[Any]]:
+        async def none() -> AsyncIterator[Any]:
+            await asyncio.Event().wait()
+            yield
+
+        yield none()
+
+
+class Node(Mute):
     """A node whose containers are all this process, with one address, and its tables in memory.
 
     ``trouble`` is why another configuration cannot be taken up. ``files`` are how many more containers can be looked at
@@ -198,8 +218,6 @@ class Node:
         self.reconciler = Reconciler(its, self.survey, ground, self._prepare, lambda: None, lambda: None)
         self.addresses = ["172.17.0.2"]
 
-    address = "unix:///run/containerd/containerd.sock"
-
     async def namespaces(self) -> list[str]:
         return ["default"]
 
@@ -227,20 +245,6 @@ class Node:
     async def _start(self) -> None:
         assert self.trouble is not None
         raise self.trouble
-
-    async def connected(self, on_turn: object) -> None:
-        pass
-
-    async def version(self) -> str:
-        return "1.6"
-
-    @contextlib.asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[Any]]:
-        async def none() -> AsyncIterator[Any]:
-            await asyncio.Event().wait()
-            yield
-
-        yield none()
 
     async def start(self) -> None:
         await self.reconciler._dataplane.start()
@@ -332,26 +336,6 @@ async def until(condition: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.01)
     raise AssertionError("not within 10 s")
-
-
-class Mute:
-    """A containerd that tells its version and takes subscriptions at once, and has yet to list anything."""
-
-    address = "/run/containerd/containerd.sock"
-
-    async def connected(self, tried: object) -> None:
-        pass
-
-    async def version(self) -> str:
-        return "1.6.20"
-
-    @contextlib.asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[Any]]:
-        async def none() -> AsyncIterator[Any]:
-            await asyncio.Event().wait()
-            yield
-
-        yield none()
 
 
 @pytest.mark.asyncio
