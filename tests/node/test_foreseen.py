@@ -208,6 +208,8 @@ def test_nothing_is_said_of_what_has_no_network_before_it_starts(node: Node, ctr
         ctrport.start()  # with this as well it looks at what is listed
         [publication] = ctrport.status()["publications"]
         assert publication["container"] == ""
+        ended = ctrport.run("publish", "--config", str(ctrport.config), "web", "8081:80", check=False)
+        assert (ended.returncode, "web has no running task" in ended.stderr) == (1, True), ended
         gate.open()
         start.result()
     ctrport.wait_for("8080:80/tcp", "active")
