@@ -45,6 +45,10 @@ class Opened:
         """Of which families its flows are."""
         return (Family.of(self.attachment.address),)
 
+    def serves(self, flow: Flow, node: Collection[Address]) -> bool:
+        """Whether ``flow`` is as the rule has it."""
+        return _to_host_port(flow, self, node) and _leads_to(flow, self.mapping, self.attachment)
+
     def is_stale(self, flow: Flow, node: Collection[Address]) -> bool:
         """Whether ``flow`` was decided without the rule.
 
@@ -165,8 +169,13 @@ def _stale(
         where = flow.protocol, flow.port
         if where not in of_port:
             of_port[where] = [one for one in touched if _is_about(one, *where)]
-        if any(one.is_stale(flow, node) for one in of_port[where]):
-            stale.append(flow)
+        # The last word counts: what a mapping that came serves as it is, was not cut by the end of one before.
+        for one in reversed(of_port[where]):
+            if one.is_stale(flow, node):
+                stale.append(flow)
+                break
+            if isinstance(one, Opened) and one.serves(flow, node):
+                break
     return stale
 
 

@@ -290,6 +290,10 @@ class Dataplane:
         for firewall in self.firewalls.values():
             await firewall.prepare()
 
+    async def finish(self) -> None:
+        """Remove the flows that are left to be removed, where no other run of this is to go on with them."""
+        await self._flows.finish(lambda: self._node.addresses)
+
     async def close(self) -> None:
         """Give up what ``prepare`` holds, and the flows that are being removed. The host ports are held on."""
         await self._flows.close()

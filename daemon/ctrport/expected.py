@@ -94,7 +94,10 @@ class Expected:
             self._learn(key, event.pid, annotations)
         elif event.topic == TASK_CREATED and known is not None:
             self._made_at = time.monotonic()
-            known.pid = event.pid
+            if event.pid != known.pid:  # of a task before this one, which was not started, nothing holds any more
+                self.ready.pop(key, None)
+                known.pid, known.tries = event.pid, 0
+                known.running = known.nsid = known.endpoint = None
             self._look(key, known)
 
     def network_changed(self, nsid: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 
 from . import conntrack
@@ -58,6 +59,13 @@ class StaleFlows:
         """Break off what is being removed."""
         if self._dropping is not None:
             await end(self._dropping)
+
+    async def finish(self, node: Callable[[], frozenset[Address]]) -> None:
+        """Remove what is left without a rest, and for no longer than one: nobody comes after this one."""
+        await self.close()
+        self._rests_until = float("-inf")
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drop(node), LONGEST_REST)
 
     async def _drop(self, node: Callable[[], frozenset[Address]]) -> None:
         time = asyncio.get_running_loop().time

@@ -16,6 +16,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import (
     IPv4Address,
     IPv4Interface,
@@ -290,44 +291,71 @@ async def follow_addresses(tell: Callable[[int | None], None]) -> None:
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as listener:
+
+    def reading(read: Callable[[], None]) -> None:
+        # Here and not in a task: a container's port waits for it, and each turn of the event loop takes its time.
+        try:
+            read()
+        except Exception as error:
+            if not ended.done():
+                ended.set_exception(error)
+
+    with _listener() as own, _listener() as elsewhere:
+        readers = {own.fileno(): partial(_tell_of_own, own, tell)}
         with contextlib.suppress(PermissionError):
-            listener.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
-        listener.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
-        listener.setblocking(False)
-
-        def read() -> None:
-            # Here and not in a task: a container's port waits for it, and each turn of the event loop takes its time.
-            try:
-                _tell_all(listener, tell)
-            except Exception as error:
-                if not ended.done():
-                    ended.set_exception(error)
-
+            elsewhere.setsockopt(_SOL_NETLINK, _LISTEN_ALL_NSID, 1)
+            readers[elsewhere.fileno()] = partial(_tell_of_others, elsewhere, tell)
         # Once, and by its number: to tell it anew each time, as asyncio does, takes longer than to read what came.
-        number = listener.fileno()
-        loop.add_reader(number, read)
+        for number, read in readers.items():
+            loop.add_reader(number, reading, read)
         try:
             await ended
         finally:
-            loop.remove_reader(number)
+            for number in readers:
+                loop.remove_reader(number)
 
 
-def _tell_all(listener: socket.socket, tell: Callable[[int | None], None]) -> None:
+def _listener() -> socket.socket:
+    listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    try:
+        listener.bind((0, _RTMGRP_IPV4_IFADDR | _RTMGRP_IPV6_IFADDR))
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _tell_of_own(listener: socket.socket, tell: Callable[[int | None], None]) -> None:
+    for said, _ in _received(listener):
+        if said is None or _tells_of_change(said):
+            tell(None)
+
+
+def _tell_of_others(listener: socket.socket, tell: Callable[[int | None], None]) -> None:
+    """Tell of what came with an id. What came without is our own, which the other socket hears.
+
+    As some kernels put an id to our own as well (a namespace may have one in itself; before "net: netlink: don't set
+    nsid on local notifications", 2026), or a negative one to others', nothing is taken for our own by that.
+    """
+    for said, nsid in _received(listener):
+        if said is not None and nsid is not None and nsid >= 0 and _tells_of_new(said):
+            tell(nsid)
+
+
+def _received(listener: socket.socket) -> Iterator[tuple[bytes | None, int | None]]:
+    """Yield what came, with the id of the namespace where it says one; None where more came than the buffer holds."""
     while True:
         try:
             said, about, _, _ = listener.recvmsg(1 << 16, _ROOM)
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno != errno.ENOBUFS:  # more came than the buffer holds: something did change
+            if error.errno != errno.ENOBUFS:
                 raise
-            tell(None)
+            yield None, None
             continue
-        # Without such a word it is our own.
-        nsid = next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
-        if _tells_of_change(said) if nsid is None else _tells_of_new(said):
-            tell(nsid)
+        yield said, next((struct.unpack("=i", word)[0] for *kind, word in about if kind == _FROM_NSID), None)
 
 
 def _tells_of_change(said: bytes) -> bool:

@@ -133,6 +133,7 @@ class Reconciler:
 
     async def _leave(self, node_watch: asyncio.Task[None]) -> None:
         await end(node_watch)
+        await self._dataplane.finish()
         await self._leave_ground()
 
     async def at_rest(self) -> None:
@@ -254,6 +255,8 @@ class Reconciler:
             await netlink.follow_addresses(changed)
         except OSError as error:
             log.warning("new addresses of the node are seen only every %.0f s: %s", TICK, error)
+        except Exception:  # a fault of ours: not to be lost, and no reason to end
+            log.exception("new addresses of the node are seen only every %.0f s", TICK)
 
     async def _watch_tables(self, alarm: Alarm | None) -> None:
         self._deaf = alarm is None
@@ -289,7 +292,7 @@ class Reconciler:
         with self._turn("resync"):
             began = _cpu()
             await self._survey.everything()
-            ticks = ticks_to_resync(_cpu() - began)
+            ticks = self._ticks(_cpu() - began)
             # Not before: it may tell its version, which it knows without asking anybody, and list nothing.
             self._account.containerd = f"connected, version {version}"
             if self._account.blind:
@@ -326,12 +329,15 @@ class Reconciler:
                 with self._turn("tick" if ticks else "resync"):
                     await self._tick(everything=ticks == 0)
                 if not ticks:
-                    ticks = ticks_to_resync(_cpu() - began)
+                    ticks = self._ticks(_cpu() - began)
             elif time.monotonic() >= self._due_at():
                 with self._turn("drift" if self._dataplane.in_line else "retry"):
                     await self._settle(mend=True)
             await self._dataplane.prepare()
         await reader
+
+    def _ticks(self, took: float) -> int:
+        return TICKS_TO_RESYNC if self._deaf else ticks_to_resync(took)
 
     async def _look(self) -> None:
         """Look where events said that something happened, and make the kernel follow."""

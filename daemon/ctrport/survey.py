@@ -222,7 +222,7 @@ class Survey:
                 raise answer
             else:
                 found[key] = answer
-                if answer is not None:
+                if answer is not None and not answer.starts:
                     self._expected.forget(key)
         self._take_in(found)
         self._ahead.clear()
@@ -261,12 +261,15 @@ class Survey:
         for key, listed in found.items():
             if listed is not None and listed.pid is None:
                 continue  # whether it runs is not known: what was known stands
+            if listed is not None and listed.starts:
+                self._early.add(key)
             running = None if listed is None else _running(listed)
             if running is not None and running == self._pods.seen(key) and self._is_settled(key):
                 continue  # as it was: of a thousand that are listed again, most are
             touched |= self._pods.forget(key) if running is None else self._pods.see(running)
         self._judge(touched)
-        self._early.clear()
+        # Those that are yet to start stay: where they are may be another place by then.
+        self._early -= {key for key, listed in found.items() if listed is None or (listed.pid and not listed.starts)}
 
     def _is_settled(self, key: ContainerKey) -> bool:
         """Whether where a container is reached is known, and there is no cause to doubt it."""
@@ -283,6 +286,8 @@ class Survey:
             if candidate is not None and isinstance(candidate.endpoint, Obstacle) and running and running.starts:
                 candidate = None  # what there is to say of it is to be said when it has started
             self.publications.update(key, candidate)
+            if candidate is None:
+                self._young.pop(key, None)
             if candidate is not None and _may_heal(candidate):
                 self._waiting.add(key)
             else:

@@ -247,10 +247,11 @@ def test_what_the_node_has_of_ipv6_is_seen(node: Node) -> None:
 
 _FOLLOW = """
 import asyncio
+import functools
 from ctrport import netlink, node
 
 async def follow():
-    print("ready", flush=True)
+    asyncio.get_running_loop().call_soon(functools.partial(print, "ready", flush=True))  # when it listens
     await netlink.follow_addresses(tell)
 
 def tell(nsid):

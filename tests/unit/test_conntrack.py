@@ -399,3 +399,14 @@ def test_the_event_loop_goes_on_while_flows_are_looked_at(monkeypatch: pytest.Mo
         return await dropping
 
     assert asyncio.run(beside()) == 3
+
+
+def test_the_end_of_a_mapping_does_not_cut_what_one_that_came_after_it_serves() -> None:
+    here, patience = worlds.attachment(), Patience(10)
+    through = flow("192.0.2.1", 8080, "172.17.0.2", 80, Protocol.TCP)
+    end, wider = Closed(mapping("8080:80"), here), Opened(mapping("8080-8081:80-81"), here)
+    assert conntrack._stale([end], [through], NODE, patience) == [through]
+    assert conntrack._stale([end, wider], [through], NODE, patience) == []
+    assert conntrack._stale([wider, end], [through], NODE, patience) == [through]
+    elsewhere = Opened(mapping("192.0.2.2:8080:80"), here)  # another address of the node
+    assert conntrack._stale([end, elsewhere], [through], NODE, patience) == [through]

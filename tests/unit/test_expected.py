@@ -208,6 +208,28 @@ def test_a_container_that_was_made_long_ago_is_asked_for_when_its_task_is_made(n
     run(work())
 
 
+def test_of_a_task_that_was_not_started_nothing_is_left_for_the_next(node: Node) -> None:
+    async def work() -> None:
+        node.tell(CREATED)
+        await node.answered()
+        node.endpoint = THERE
+        node.tell(TASK_CREATED)
+        assert node.expected.about_to_start(WEB) is not None
+        node.processes = {PID + 1: (STARTED + 1, "/default/web")}
+        node.netns, node.endpoint = 8, NOT_YET
+        node.expected.take(TaskEvent(WEB, TASK_CREATED, PID + 1), annotations=False)
+        assert (node.expected.ready, node.expected.about_to_start(WEB)) == ({}, None)
+        node.endpoint = BOTH
+        node.expected.network_changed(7)
+        assert node.expected.ready == {}
+        node.expected.network_changed(8)
+        near = node.expected.about_to_start(WEB)
+        assert near is not None
+        assert (near[0].pid, near[1]) == (PID + 1, BOTH)
+
+    run(work())
+
+
 def test_an_answer_that_comes_behind_the_process_is_as_good(node: Node) -> None:
     async def work() -> None:
         node.tell(CREATED)

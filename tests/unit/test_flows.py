@@ -90,3 +90,36 @@ def test_what_is_closed_in_its_rest_leaves_what_was_to_be_looked_for(monkeypatch
         assert looks.looked_for == [touched(1000), touched(1001)]
 
     asyncio.run(closed())
+
+
+def test_who_ends_for_good_looks_for_what_is_left_without_a_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "LONGEST_REST", 60.0)
+    monkeypatch.setattr(flows, "REST", 1000)
+    looks = Looks(monkeypatch, 0.02)
+
+    async def ended() -> None:
+        stale = StaleFlows(lambda why: None, Tally())
+        stale.touch([touched(1000)])
+        await stale.drop(frozenset)
+        stale.touch([touched(1001)])
+        stale.drop(frozenset)
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(stale.finish(frozenset), 5)
+        assert looks.looked_for == [touched(1000), touched(1001)]
+
+    asyncio.run(ended())
+
+
+def test_who_ends_for_good_does_not_wait_long_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "LONGEST_REST", 0.05)
+    looks = Looks(monkeypatch, 60)
+
+    async def ended() -> None:
+        stale = StaleFlows(lambda why: None, Tally())
+        stale.touch([touched(1000)])
+        stale.drop(frozenset)
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(stale.finish(frozenset), 5)
+        assert len(looks.begun) == 2
+
+    asyncio.run(ended())

@@ -1,13 +1,15 @@
-"""What is pure of netlink: which announcements tell of an address."""
+"""Which announcements tell of an address, and of whose."""
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
+from typing import Any
 
 import pytest
 
-from ctrport.netlink import _tells_of_change, _tells_of_new
+from ctrport.netlink import _tell_of_others, _tell_of_own, _tells_of_change, _tells_of_new
 
 NEW, DELETED = 20, 21
 UNIVERSE, LINK, HOST = 0, 253, 254
@@ -57,3 +59,34 @@ ELSEWHERE = {
 def test_only_addresses_that_a_container_can_be_reached_by_are_news_of_it(case: str) -> None:
     said, expected = ELSEWHERE[case]
     assert _tells_of_new(said) is expected
+
+
+class Listener:
+    """A socket that was told these, each with an id of a network namespace or without; None is more than it could hold.
+
+    By kernels of other versions than this one, too.
+    """
+
+    def __init__(self, *told: tuple[bytes, int | None] | None) -> None:
+        self._told = list(told)
+
+    def recvmsg(self, size: int, room: int) -> tuple[bytes, list[tuple[int, int, bytes]], int, None]:
+        if not self._told:
+            raise BlockingIOError
+        one = self._told.pop(0)
+        if one is None:
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+        said, nsid = one
+        return said, [] if nsid is None else [(270, 8, struct.pack("=i", nsid))], 0, None
+
+
+def test_an_address_of_the_node_is_its_own_whatever_id_it_has_in_itself() -> None:
+    own, elsewhere = announced(NEW, socket.AF_INET), announced(NEW, socket.AF_INET6)
+    told: list[int | None] = []
+    listener: Any = Listener((own, None), (LINK_LOCAL, None), None)
+    _tell_of_own(listener, told.append)
+    assert told == [None, None]
+    told.clear()
+    listener = Listener((own, None), (own, 1), (elsewhere, 7), (elsewhere, -1), None, (announced(DELETED, 2), 7))
+    _tell_of_others(listener, told.append)
+    assert told == [1, 7]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -260,6 +260,52 @@ def test_that_a_container_has_no_network_is_said_when_it_has_started(
     world.finder.there = True
     asyncio.run(world.survey.look({WEB: None}))
     assert world.addresses() == [address(world.pid)]
+
+
+def test_where_it_was_before_its_start_does_not_stand_whatever_came_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    starts = True
+
+    async def container(*_: object, **__: object) -> Listed:
+        return Listed(WEB, world.pid, starts=starts)
+
+    monkeypatch.setattr(world.survey._containerd, "container", container)
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.addresses() == [address(world.pid)]
+    asyncio.run(world.survey.look({}))  # a mere change of the node's own addresses
+    world.survey._expected.forget_all()  # as when everything is looked at
+    there = Endpoint((Attachment(ip_address("10.99.0.9"), "docker0", ip_network("10.99.0.9/32")),))
+    monkeypatch.setattr(world.finder, "find", lambda pid, nsid=None: there)
+    starts = False
+    world.survey.foresee({WEB: world.pid})
+    asyncio.run(world.survey.look({WEB: world.pid}))
+    assert world.addresses() == ["10.99.0.9"]
+    assert WEB not in world.survey._early
+
+
+def test_what_is_known_ahead_of_a_container_stays_until_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    world.stored()
+    starts = True
+
+    async def container(*_: object, **__: object) -> Listed:
+        return Listed(WEB, world.pid, starts=starts)
+
+    monkeypatch.setattr(world.survey._containerd, "container", container)
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.survey._expected.stored(WEB) is not None
+    starts = False
+    asyncio.run(world.survey.look({WEB: None}))
+    assert world.survey._expected.stored(WEB) is None
+
+
+def test_who_is_gone_is_not_looked_for_in_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Foreseen(monkeypatch)
+    asyncio.run(world.survey.look({WEB: None}))
+    assert list(world.survey._young) == [WEB]
+    world.survey._containerd = cast("Any", Answers(world.asked, None))
+    asyncio.run(world.survey.look({WEB: None}))
+    assert list(world.survey._young) == []
 
 
 class Growing:
