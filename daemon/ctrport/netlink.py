@@ -233,10 +233,8 @@ class Netlink(Conversation):
             for message in self.dump(_RTM_GETLINK, struct.pack("=BxHiII", socket.AF_BRIDGE, 0, 0, 0, 0)):
                 attributes = read_attributes(message[16:])
                 # The fourth of forty: the others are left unread.
-                if (
-                    next((value for kind, value in each_attribute(attributes.get(12, b"")) if kind == 4), b"\0")
-                    != b"\0"
-                ):
+                as_port = each_attribute(attributes.get(12, b""))
+                if next((value for kind, value in as_port if kind == 4), b"\0") != b"\0":
                     found.add(text(attributes[3]))
         return found
 
